@@ -1,0 +1,1 @@
+"""Command-line jobs: parse, check, call the library, print one URI."""

@@ -1,0 +1,50 @@
+"""What every job's command line shares: `--config`, `--set`, `--json`, and errors as one line and status 2."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from taskspec.config import Config, load_config
+from taskspec.errors import TaskspecError
+
+
+def parser(description: str, *, config_required: bool = True) -> argparse.ArgumentParser:
+    """A parser with the options of every job."""
+    result = argparse.ArgumentParser(description=description)
+    result.add_argument("--config", required=config_required, help="YAML file, or a preset's name: quickstart, kilt")
+    result.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="a.b=value",
+        help="override one key of the configuration; may be repeated",
+    )
+    result.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    return result
+
+
+def configuration(arguments: argparse.Namespace) -> Config:
+    """The configuration that `--config` and `--set` name."""
+    return load_config(arguments.config, arguments.overrides)
+
+
+def main(run: Callable[[Sequence[str] | None], dict[str, Any]], argv: Sequence[str] | None = None) -> None:
+    """Runs a job and prints its answer: the artifact's URI, or with --json the whole answer.
+
+    Args: run: returns the answer, with the artifact under "uri".
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        answer = run(words)
+    except TaskspecError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+    print(json.dumps(answer, ensure_ascii=False) if "--json" in words else answer["uri"], flush=True)

@@ -1,0 +1,43 @@
+"""Trains one retriever: prepared data and negatives → a run folder whose best checkpoint is printed."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from jobs import cli
+from taskspec import store
+
+
+def build_parser() -> argparse.ArgumentParser:
+    result = cli.parser("Train one retriever on a Ray cluster. Run again with the same --out to go on.")
+    result.add_argument("--prepared", help="prepared data; default <artifacts>/prepared")
+    result.add_argument("--negatives", help="mined negatives; default <artifacts>/negatives")
+    result.add_argument("--out", help="run folder; default <artifacts>/runs/<method>")
+    return result
+
+
+def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Returns: `uri` of the best checkpoint, `last`, and `dev_accuracy` of the best (mean over tasks)."""
+    arguments = build_parser().parse_args(argv)
+    config = cli.configuration(arguments)
+
+    from taskspec import cluster
+    from taskspec.train.launch import train
+    from taskspec.train.worker import TrainJob
+
+    negatives = arguments.negatives or store.join(config.artifacts, "negatives")
+    job = TrainJob(
+        config=config,
+        prepared=arguments.prepared or store.join(config.artifacts, "prepared"),
+        negatives=negatives if config.contrastive.negatives else None,
+        run=arguments.out or store.join(config.artifacts, "runs", config.specialization.method),
+    )
+    cluster.connect(config.cluster)
+    done = train(job)
+    return {"uri": done.best_uri, "last": done.last_uri, "dev_accuracy": done.best_accuracy}
+
+
+if __name__ == "__main__":
+    cli.main(run)

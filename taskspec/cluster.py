@@ -1,0 +1,63 @@
+"""Ray: connect a job to its cluster, and make sure before work starts that the cluster can hold it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import Any
+
+from taskspec.config import Cluster
+from taskspec.errors import PlacementError
+
+
+def connect(config: Cluster) -> None:
+    """Joins the cluster that this job was submitted to (RAY_ADDRESS), else starts Ray on this machine.
+
+    A job's console holds the job's own lines: what workers and Ray print stays in Ray's log folder.
+    """
+    # Ray overrides CUDA_VISIBLE_DEVICES of processes that ask for no GPU; the future default is to leave it.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS")
+        ray.init(
+            address=address,
+            num_cpus=None if address else config.local_cpus,
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+        )
+    for name in ("ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    prepare_ray_data()
+
+
+def prepare_ray_data() -> Any:
+    """Sets this process's Ray Data: order preserved, no progress bars. Returns: its DataContext."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    return context
+
+
+def require(what: str, *, cpus: float, gpus: float = 0, wait_s: float) -> None:
+    """Waits until the cluster as a whole has that much. Raises: PlacementError with both numbers after `wait_s`.
+
+    Counts resources that exist, taken or free, so that a busy cluster queues a job and a small one refuses it.
+    """
+    import ray
+
+    deadline = time.monotonic() + wait_s
+    while True:
+        have = ray.cluster_resources()
+        if have.get("CPU", 0) >= cpus and have.get("GPU", 0) >= gpus:
+            return
+        if time.monotonic() >= deadline:
+            raise PlacementError(
+                f"{what} needs {cpus:g} CPUs and {gpus:g} GPUs, the cluster has {have.get('CPU', 0):g} and "
+                f"{have.get('GPU', 0):g} after {wait_s:g} s; add nodes, ask for less, or raise cluster.local_cpus"
+            )
+        time.sleep(1)

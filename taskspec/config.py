@@ -1,0 +1,438 @@
+"""The typed configuration: YAML + dotted overrides → one frozen `Config`, and the `Contract` cut from it.
+
+Every value has one default, here. Unknown keys are refused and answered with the known ones. A task is
+configuration; nothing in the library lists tasks. This module imports neither torch nor ray, so `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import string
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from taskspec.errors import ConfigError, ContractError
+
+
+class Section(BaseModel):
+    """A group of keys: unknown ones refused, values frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Task(Section):
+    """One retrieval job."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    """Identifies the task everywhere: files, batches, HTTP. Lower-case letters, digits, - and _."""
+    prompt: str | None = None
+    """What `{prompt}` becomes in `prompts.query`; None is the task's name, "" is no prompt."""
+    train: tuple[str, ...] = ()
+    """KILT-format files to train on: .jsonl or .jsonl.gz, local or s3://."""
+    dev: tuple[str, ...] = ()
+    """KILT-format files to choose checkpoints by and to evaluate on."""
+    max_query_tokens: int = Field(32, ge=4)
+    """Longest query in tokens, prompt and special tokens included; what is over is cut."""
+    keep: Literal["beginning", "end", "mention"] = "beginning"
+    """Which part of a longer input stays: dialogues their `end`, entity linking a window round the
+    `mention` ([START_ENT] … [END_ENT]), all else the `beginning`."""
+
+    @property
+    def prompt_text(self) -> str:
+        return self.name if self.prompt is None else self.prompt
+
+
+class Data(Section):
+    """From KILT files to prepared data."""
+
+    knowledge_source: tuple[str, ...] = ()
+    """Page files in KILT's format: .jsonl or .jsonl.gz, local or s3://; `*` is expanded."""
+    passage_words: int = Field(100, ge=10)
+    """Pages are cut into passages of about this many words."""
+    other_pages: int | None = Field(None, ge=0)
+    """How many pages beside the gold ones enter the index; None is all of them."""
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    """Share of records of one file that may go to quarantine before the job stops."""
+
+
+class Prompts(Section):
+    """The text around queries and passages, the same in training, mining, evaluating and serving."""
+
+    query: str = "{prompt} <extra_id_1> {text}"
+    """`{prompt}` is the task's prompt, `{text}` its input. The paper: task name and a sentinel."""
+    passage: str = "Title: {title} Text: {text}"
+
+    @model_validator(mode="after")
+    def _fields_are_known(self) -> Self:
+        _require_fields("prompts.query", self.query, required={"text"}, allowed={"text", "prompt"})
+        _require_fields("prompts.passage", self.passage, required={"title", "text"}, allowed={"title", "text"})
+        if not self.query.endswith("{text}"):
+            raise ValueError(f"prompts.query must end with {{text}} (only the text is cut) but is {self.query!r}")
+        return self
+
+
+def _require_fields(key: str, template: str, *, required: set[str], allowed: set[str]) -> None:
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"{key} is no template ({error}): {template!r}") from error
+    if not required <= set(names) <= allowed or len(names) != len(set(names)):
+        fields = ", ".join(f"{{{name}}}" for name in sorted(required))
+        optional = ", ".join(f"{{{name}}}" for name in sorted(allowed - required))
+        hint = f" and at most once {optional}" if optional else ""
+        raise ValueError(f"{key} must contain exactly once {fields}{hint} but is {template!r}")
+
+
+class Scratch(Section):
+    """A T5 trained from nothing, with a SentencePiece tokenizer trained on the prepared passages."""
+
+    vocabulary: int = Field(4000, ge=200)
+    width: int = Field(128, ge=8)
+    """Width of the embedding and of the residual stream (d_model)."""
+    layers: int = Field(2, ge=1)
+    heads: int = Field(4, ge=1)
+
+
+class Model(Section):
+    """The encoder, tied for queries and passages."""
+
+    source: str | None = None
+    """Folder or hub id of a T5 or BERT-like encoder; None builds one from `scratch`."""
+    scratch: Scratch = Scratch()
+    pooling: Literal["first", "mean"] = "first"
+    """`first`: T5's first decoder token, BERT's first token. `mean`: over the encoder's tokens."""
+    similarity: Literal["dot", "cosine"] = "dot"
+    dropout: float = Field(0.1, ge=0, lt=1)
+    max_passage_tokens: int = Field(160, ge=8)
+    """Longest passage in tokens, prompt and special tokens included; its beginning stays."""
+
+
+class Contrastive(Section):
+    """The loss of one task's batch."""
+
+    temperature: float = Field(1.0, gt=0)
+    """Scores are divided by it before the softmax. Cosine lies in [−1, 1] and needs about 0.05."""
+    negatives: int = Field(2, ge=0)
+    """Given negatives per query beside the positive: the paper's 3 passages per query are 2 here."""
+
+
+class Mixing(Section):
+    """How many queries of each task are in a step."""
+
+    queries_per_step: int = Field(64, ge=2)
+    """Queries of all tasks and all workers together in one step."""
+    temperature: float = Field(4.0, gt=0)
+    """Shares follow n^(1/temperature) of the tasks' sizes; 1 is proportional, large is equal."""
+
+
+class Specialization(Section):
+    """How task gradients become one update."""
+
+    method: Literal["mean", "taco", "single"] = "taco"
+    """`mean`: plain multitask. `taco`: weights per element. `single`: exactly one task."""
+    strength: float = Field(0.5, ge=0)
+    """1/τ. 0 is plain multitask training; larger specializes more. The paper: 0.5."""
+    decay: float = Field(0.999, ge=0, lt=1)
+    """β of the moving average of sensitivities. The paper's code: 0.999."""
+    warmup: float = Field(0.1, ge=0, le=1)
+    """Share of the steps with equal weights; then strength grows from 0 over as many steps again."""
+    min_warmup_steps: int = Field(100, ge=0)
+    """Warm-up lasts at least this many steps."""
+    compat: Literal["none", "reference"] = "none"
+    """`reference` reproduces the published code's arithmetic, its shrinking update included."""
+
+
+class Train(Section):
+    """One training run."""
+
+    tasks: tuple[str, ...] | None = None
+    """Train only these; None is all. Queries per step of a task are those of the full mixing."""
+    steps: int = Field(1000, ge=0)
+    """Updates; 0 publishes the untrained encoder as a checkpoint."""
+    learning_rate: float = Field(1e-5, gt=0)
+    lr_warmup: float = Field(0.1, ge=0, le=1)
+    """Share of the steps over which the learning rate grows linearly; it then falls linearly to 0."""
+    clip_norm: float = Field(1.0, gt=0)
+    workers: int = Field(1, ge=1)
+    """Ray Train processes; each gets its part of every task's queries."""
+    threads: int | None = Field(None, ge=1)
+    """Intra-op threads per worker; None is cores of the node / workers."""
+    gpu: bool = False
+    """One GPU per worker and NCCL; otherwise CPU and gloo."""
+    checkpoint_every: int = Field(100, ge=1)
+    log_every: int = Field(10, ge=1)
+    dev_queries: int = Field(64, ge=2)
+    """Dev queries per task that in-batch accuracy is measured on, at every checkpoint."""
+    max_failures: int = Field(3, ge=0)
+    """How often the workers are restarted from the last checkpoint before the run gives up."""
+
+
+class Negatives(Section):
+    """Lexical negatives."""
+
+    depth: int = Field(50, ge=1)
+    """BM25 hits per query that negatives are taken from."""
+    per_query: int = Field(10, ge=1)
+    """Negatives kept per query, best first, gold pages excluded."""
+
+
+class Index(Section):
+    """From a checkpoint to FAISS shards."""
+
+    shards: int = Field(1, ge=1)
+    actors: int = Field(1, ge=1)
+    """Embedding processes."""
+    batch_size: int = Field(256, ge=1)
+    """Passages that an actor embeds per call; it sorts them by length into smaller batches."""
+
+
+class Evaluate(Section):
+    """What is measured on the dev files."""
+
+    top_k: int = Field(100, ge=1)
+    """Pages retrieved per query."""
+    at: tuple[int, ...] = (1, 5, 20)
+    """The k of precision@k, recall@k and success_rate@k."""
+
+    @field_validator("at")
+    @classmethod
+    def _positive(cls, at: tuple[int, ...]) -> tuple[int, ...]:
+        if not at or min(at) < 1:
+            raise ValueError(f"needs numbers ≥ 1 but got {list(at)}")
+        return at
+
+
+class Cluster(Section):
+    """The Ray cluster."""
+
+    local_cpus: int = Field(4, ge=1)
+    """Logical CPUs of the Ray that a job starts when it is not submitted to a cluster. Training
+    takes one per worker, Ray Data needs some beside them."""
+    wait_s: float = Field(45, ge=0)
+    """How long a job waits for an autoscaler to bring what it needs before it says so and ends."""
+
+
+class Sweep(Section):
+    """Training runs over a grid, on Ray Tune."""
+
+    strengths: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    concurrent: int = Field(1, ge=1)
+    """Trials at the same time."""
+
+
+class Config(Section):
+    """Everything a job needs to know; saved in every artifact."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    """Name of the model: answers, run folders and reports carry it."""
+    artifacts: str
+    """Root URI under which jobs write when they are given no --out."""
+    seed: int = Field(0, ge=0)
+    tasks: tuple[Task, ...] = Field(min_length=1)
+    data: Data = Data()
+    prompts: Prompts = Prompts()
+    model: Model = Model()
+    contrastive: Contrastive = Contrastive()
+    mixing: Mixing = Mixing()
+    specialization: Specialization = Specialization()
+    train: Train = Train()
+    negatives: Negatives = Negatives()
+    index: Index = Index()
+    evaluate: Evaluate = Evaluate()
+    cluster: Cluster = Cluster()
+    sweep: Sweep = Sweep()
+
+    @model_validator(mode="after")
+    def _tasks_fit(self) -> Self:
+        names = [task.name for task in self.tasks]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"tasks: names must be distinct but {', '.join(twice)} stands twice")
+        for name in self.train.tasks or ():
+            if name not in names:
+                raise ValueError(f"train.tasks: unknown task {name!r}; known: {', '.join(names)}")
+        if self.specialization.method == "single" and len(self.trained_tasks) != 1:
+            raise ValueError(
+                f"specialization.method single trains exactly one task but train.tasks selects "
+                f"{len(self.trained_tasks)}; name one with --set train.tasks=[{names[0]}]"
+            )
+        return self
+
+    @property
+    def trained_tasks(self) -> tuple[Task, ...]:
+        """The tasks that this run trains, in the order of `tasks`."""
+        selected = self.train.tasks
+        return self.tasks if selected is None else tuple(task for task in self.tasks if task.name in selected)
+
+    def task(self, name: str) -> Task:
+        """The task of that name. Raises: ConfigError listing the known ones."""
+        for task in self.tasks:
+            if task.name == name:
+                return task
+        raise ConfigError(f"unknown task {name!r}; known: {', '.join(task.name for task in self.tasks)}")
+
+
+class ContractTask(Section):
+    """What of a task decides its queries' embeddings."""
+
+    name: str
+    prompt: str
+    max_query_tokens: int
+    keep: Literal["beginning", "end", "mention"]
+
+
+class Contract(Section):
+    """What checkpoint, index and requests must agree on for scores to mean anything.
+
+    Saved as `taskspec.json` in a checkpoint and, by fingerprint and in full, in the index built from it.
+    """
+
+    name: str
+    """Name of the model, as answers carry it."""
+    weights: str
+    """sha256 over the encoder's weights and tokenizer files."""
+    tasks: tuple[ContractTask, ...]
+    prompts: Prompts
+    pooling: Literal["first", "mean"]
+    similarity: Literal["dot", "cosine"]
+    max_passage_tokens: int
+    dimension: int
+    """D of the embeddings."""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex, 64 characters) of the canonical JSON of all fields."""
+        return canonical_sha256(self.model_dump(mode="json"))
+
+    def require_same(self, other: Contract, mine: str, theirs: str, way_out: str) -> None:
+        """Raises: ContractError naming the first field that differs, both owners and the way out."""
+        for field in type(self).model_fields:
+            a, b = getattr(self, field), getattr(other, field)
+            if a == b:
+                continue
+            if field == "tasks":
+                names_a, names_b = {t.name: t for t in a}, {t.name: t for t in b}
+                task = next(n for n in [*names_a, *names_b] if names_a.get(n) != names_b.get(n))
+                field, a, b = f"tasks.{task}", names_a.get(task), names_b.get(task)
+            raise ContractError(
+                f"{mine} has contract {self.fingerprint[:12]}, {theirs} has {other.fingerprint[:12]}: "
+                f"{field} differs ({_short(a)} against {_short(b)}); {way_out}"
+            )
+
+
+def _short(value: object) -> str:
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def canonical_sha256(value: Any) -> str:
+    """sha256 (hex) of a JSON value, keys sorted."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def presets_folder() -> Path:
+    """Where `jobs/configs` lies: beside the library, in the project's root."""
+    return Path(__file__).resolve().parent.parent / "jobs" / "configs"
+
+
+def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file, or a preset by its name, and applies `a.b=value` overrides.
+
+    Args: overrides: dotted keys; values are YAML (`--set train.tasks=[nq,fever]`); list items by number or, for
+        tasks, by name (`--set tasks.nq.max_query_tokens=48`).
+    Raises: ConfigError naming file, key, value and the known keys.
+    """
+    path = Path(source)
+    if not path.suffix and not path.exists():
+        preset = presets_folder() / f"{source}.yaml"
+        if not preset.exists():
+            known = ", ".join(sorted(p.stem for p in presets_folder().glob("*.yaml")))
+            raise ConfigError(f"{source}: neither a file nor a preset; presets: {known}")
+        path = preset
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a YAML file or a preset's name") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: must hold keys and values but holds {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    return parse_config(tree, str(path))
+
+
+def parse_config(tree: Mapping[str, Any], where: str) -> Config:
+    """A `Config` of a plain tree. Raises: ConfigError, one line per broken rule, `where` in front."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("; ".join(f"{where}: {line}" for line in _explain(error, tree))) from error
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise ConfigError(f"--set {override}: must look like a.b=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not YAML") from error
+    *parents, last = dotted.split(".")
+    node: Any = tree
+    for key in parents:
+        node = _child(node, key, override)
+    if isinstance(node, list):
+        node[_position(node, last, override)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise ConfigError(f"--set {override}: {'.'.join(parents)} is a value, it has no key {last!r}")
+
+
+def _child(node: Any, key: str, override: str) -> Any:
+    if isinstance(node, list):
+        return node[_position(node, key, override)]
+    if isinstance(node, dict):
+        if node.get(key) is None:
+            node[key] = {}
+        return node[key]
+    raise ConfigError(f"--set {override}: {key!r} lies below a value, not below a section")
+
+
+def _position(items: list[Any], key: str, override: str) -> int:
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    if key in names:
+        return names.index(key)
+    if key.isdigit() and int(key) < len(items):
+        return int(key)
+    known = ", ".join(str(name) for name in names if name is not None) or f"0 to {len(items) - 1}"
+    raise ConfigError(f"--set {override}: no item {key!r}; known: {known}")
+
+
+def _explain(error: ValidationError, tree: Mapping[str, Any]) -> Iterable[str]:
+    for problem in error.errors():
+        location = [str(part) for part in problem["loc"]]
+        if problem["type"] == "extra_forbidden":
+            yield f"unknown key {'.'.join(location)}; known: {', '.join(_known_keys(problem['loc'][:-1]))}"
+        elif problem["type"] == "missing":
+            yield f"missing key {'.'.join(location)}"
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            value = "" if isinstance(problem["input"], dict) else f" but got {problem['input']!r}"
+            yield f"{'.'.join(location)}: {message}{value}" if location else message
+
+
+def _known_keys(location: Sequence[int | str]) -> list[str]:
+    section: type[BaseModel] = Config
+    for part in location:
+        if isinstance(part, int):
+            continue
+        section = Task if part == "tasks" else section.model_fields[part].annotation  # type: ignore[assignment]
+    return list(section.model_fields)

@@ -1,0 +1,1 @@
+"""Records to batches: KILT parsing, passages, the generated world, the plan and its stream."""

@@ -1,0 +1,58 @@
+"""Every error that taskspec raises on purpose, as one tree.
+
+    TaskspecError
+    ├── ConfigError      a key or value of the configuration
+    ├── DataError        a task file, a knowledge source, one of their records
+    ├── StoreError       a URI that cannot be read or written
+    ├── ArtifactError    a folder that is not the artifact it should be: kind, version, checksum
+    ├── ContractError    checkpoint and index (or request) that do not belong together
+    ├── PlacementError   the cluster cannot hold the job
+    ├── TrainingError    a run that cannot go on: a loss that is not finite, a state that does not fit
+    └── RequestError     a query that the retriever cannot answer: unknown task, top_k out of range
+
+A message says where, which rule, what value, and the way out. Errors are caught at the edge: a job ends with
+one line and status 2, the server maps them to a status code.
+"""
+
+
+class TaskspecError(Exception):
+    """Base of all errors with a message for the user."""
+
+
+class ConfigError(TaskspecError):
+    """The configuration breaks a rule; the message names the key, the value and the known ones."""
+
+
+class DataError(TaskspecError):
+    """Input data breaks a rule; the message names file and line where there are any."""
+
+
+class StoreError(TaskspecError):
+    """A URI cannot be read or written."""
+
+
+class ArtifactError(TaskspecError):
+    """A folder is not the artifact it should be; the message names the field or the file."""
+
+
+class ContractError(TaskspecError):
+    """Two artifacts were made under different contracts; the message names the first field that differs."""
+
+
+class PlacementError(TaskspecError):
+    """The cluster does not have what the job needs; the message gives both numbers."""
+
+
+class TrainingError(TaskspecError):
+    """Training cannot go on."""
+
+
+class RequestError(TaskspecError):
+    """A request to the retriever is invalid.
+
+    Attributes: param: the field of the request that breaks the rule.
+    """
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param

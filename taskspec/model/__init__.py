@@ -1,0 +1,1 @@
+"""Text to embeddings: prompts, the encoder, the contrastive loss."""

@@ -1,0 +1,242 @@
+"""Token ids to embeddings: T5 or BERT-like encoders by transformers, one for queries and passages.
+
+Path: prompts → [here] → loss, index, retriever.  B texts, L tokens, D the embedding's dimension. `Encoder` is the
+module that trains; `TextEncoder` adds the tokenizer and answers in numpy. Cosine models return normalised vectors, so
+the dot product is the score everywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from taskspec.config import Config, Contract, ContractTask, Model, Scratch
+from taskspec.errors import ConfigError
+from taskspec.model.prompts import TextTokenizer, Tokens
+
+EMBED_TOKENS = 16_384
+"""Tokens of one forward pass when texts are embedded, padding included."""
+
+
+class Encoder(nn.Module):
+    """A transformer and the rule by which its states become one embedding."""
+
+    def __init__(
+        self, transformer: nn.Module, pooling: Literal["first", "mean"], similarity: Literal["dot", "cosine"]
+    ) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.pooling = pooling
+        self.similarity = similarity
+
+    @property
+    def dimension(self) -> int:
+        config: Any = self.transformer.config
+        return int(config.d_model if config.model_type == "t5" else config.hidden_size)
+
+    def forward(
+        self,
+        ids_BL: Tensor,
+        mask_BL: Tensor,  # 1 for a token, 0 for padding
+    ) -> Tensor:  # (B, D)
+        config: Any = self.transformer.config
+        if config.model_type == "t5" and self.pooling == "first":
+            start = torch.full_like(ids_BL[:, :1], config.decoder_start_token_id)
+            states = self.transformer(input_ids=ids_BL, attention_mask=mask_BL, decoder_input_ids=start)
+        else:
+            states = self.transformer(input_ids=ids_BL, attention_mask=mask_BL)
+        hidden_BLD: Tensor = states.last_hidden_state
+        if self.pooling == "first":
+            pooled_BD = hidden_BLD[:, 0]
+        else:
+            weight_BL1 = mask_BL.unsqueeze(-1).to(hidden_BLD.dtype)
+            pooled_BD = (hidden_BLD * weight_BL1).sum(1) / weight_BL1.sum(1)
+        return nn.functional.normalize(pooled_BD, dim=-1) if self.similarity == "cosine" else pooled_BD
+
+
+def load_encoder(model: Model, folder: str | Path) -> tuple[Encoder, Any]:
+    """An encoder and its tokenizer from a Hugging Face folder or hub id.
+
+    Raises: ConfigError naming the source if it is no T5 or BERT-like encoder or cannot be loaded.
+    """
+    from transformers import AutoConfig, AutoModel, AutoTokenizer, T5EncoderModel
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # no report of heads that an encoder does not use
+    logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        rates = {name: model.dropout for name in _DROPOUT_NAMES if hasattr(config, name)}
+        if config.model_type == "t5":
+            kind = AutoModel if model.pooling == "first" else T5EncoderModel
+            transformer = kind.from_pretrained(folder, dtype=torch.float32, **rates)
+        else:
+            transformer = AutoModel.from_pretrained(folder, dtype=torch.float32, add_pooling_layer=False, **rates)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model.source {folder}: no T5 or BERT-like encoder with tokenizer: {first_line}") from error
+    return Encoder(transformer, model.pooling, model.similarity), tokenizer
+
+
+_DROPOUT_NAMES = ("dropout_rate", "hidden_dropout_prob", "attention_probs_dropout_prob")
+
+
+def build_encoder(model: Model, texts: Iterable[str], seed: int) -> tuple[Encoder, Any]:
+    """A T5 with random weights and a SentencePiece tokenizer trained on the texts.
+
+    Args: texts: passages and queries of the prepared data, read once. seed: of the weights.
+    """
+    from transformers import T5Config, T5EncoderModel, T5Model
+
+    scratch = model.scratch
+    tokenizer = train_tokenizer(texts, scratch)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=scratch.width,
+        d_kv=scratch.width // scratch.heads,
+        d_ff=4 * scratch.width,
+        num_layers=scratch.layers,
+        num_heads=scratch.heads,
+        dropout_rate=model.dropout,
+        decoder_start_token_id=0,
+        use_cache=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = T5Model(config) if model.pooling == "first" else T5EncoderModel(config)
+    return Encoder(transformer, model.pooling, model.similarity), tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], scratch: Scratch) -> Any:
+    """A T5 tokenizer with at most `scratch.vocabulary` pieces, ten sentinels among them.
+
+    Raises: ConfigError if the texts are too few for any vocabulary.
+    """
+    import sentencepiece
+    from transformers import T5Tokenizer
+
+    sentinels = 10
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer"
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(texts),
+                model_prefix=str(path),
+                vocab_size=scratch.vocabulary - sentinels,
+                hard_vocab_limit=False,
+                model_type="unigram",
+                pad_id=0,
+                eos_id=1,
+                unk_id=2,
+                bos_id=-1,
+                num_threads=1,  # the pieces then depend on the texts alone
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            raise ConfigError(f"model.scratch: no tokenizer could be trained on the passages: {error}") from error
+        pieces = sentencepiece.SentencePieceProcessor(model_file=f"{path}.model")
+    vocabulary = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.get_piece_size())]
+    vocabulary += [(f"<extra_id_{i}>", 0.0) for i in reversed(range(sentinels))]
+    return T5Tokenizer(vocab=vocabulary, extra_ids=sentinels)
+
+
+def text_tokenizer(config: Config, tokenizer: Any) -> TextTokenizer:
+    """The tokenizer with the prompts and lengths of a configuration."""
+    return TextTokenizer(tokenizer, config.prompts, contract_tasks(config), config.model.max_passage_tokens)
+
+
+def contract_tasks(config: Config) -> tuple[ContractTask, ...]:
+    return tuple(
+        ContractTask(name=t.name, prompt=t.prompt_text, max_query_tokens=t.max_query_tokens, keep=t.keep)
+        for t in config.trained_tasks
+    )
+
+
+def make_contract(config: Config, encoder: Encoder, folder: Path) -> Contract:
+    """The contract of an encoder saved in a Hugging Face folder."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        digest.update(path.name.encode() + b"\0")
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return Contract(
+        name=config.name,
+        weights=digest.hexdigest(),
+        tasks=contract_tasks(config),
+        prompts=config.prompts,
+        pooling=config.model.pooling,
+        similarity=config.model.similarity,
+        max_passage_tokens=config.model.max_passage_tokens,
+        dimension=encoder.dimension,
+    )
+
+
+def save_encoder(config: Config, encoder: Encoder, tokenizer: Any, folder: Path) -> Contract:
+    """Writes a Hugging Face folder and, beside its files, `taskspec.json`. Returns: the contract in it."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    transformer: Any = encoder.transformer
+    transformer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    contract = make_contract(config, encoder, folder)
+    text = json.dumps(contract.model_dump(mode="json"), indent=1, ensure_ascii=False)
+    (folder / "taskspec.json").write_text(text, encoding="utf-8")
+    return contract
+
+
+class TextEncoder:
+    """An encoder with its tokenizer: texts in, numpy embeddings out; no gradients, no dropout.
+
+    Example:
+        embeddings_BD, truncated_B = encoder.embed_queries("nq", ["who wrote Faust"])
+    """
+
+    def __init__(self, encoder: Encoder, tokenizer: Any, contract: Contract, device: str = "cpu") -> None:
+        self.encoder = encoder.to(device).eval()
+        self.contract = contract
+        self.device = device
+        self.tokenizer = TextTokenizer(tokenizer, contract.prompts, contract.tasks, contract.max_passage_tokens)
+
+    @property
+    def dimension(self) -> int:
+        return self.contract.dimension
+
+    def embed_queries(self, task: str, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns: (B, D) float32 and (B,) bool, which queries were cut. Raises: RequestError for an unknown task."""
+        tokens = self.tokenizer.queries(task, texts)
+        return self._embed(tokens), tokens.truncated_B
+
+    def embed_passages(self, titles: Sequence[str], texts: Sequence[str]) -> np.ndarray:
+        """Returns: (N, D) float32."""
+        return self._embed(self.tokenizer.passages(titles, texts))
+
+    @torch.inference_mode()
+    def _embed(self, tokens: Tokens) -> np.ndarray:
+        result_BD = np.empty((len(tokens.ids_BL), self.dimension), dtype=np.float32)
+        lengths_B = tokens.mask_BL.sum(1)
+        for rows in length_sorted(lengths_B, EMBED_TOKENS):
+            longest = int(lengths_B[rows].max())
+            ids_BL = torch.from_numpy(tokens.ids_BL[rows, :longest]).to(self.device)
+            mask_BL = torch.from_numpy(tokens.mask_BL[rows, :longest]).to(self.device)
+            result_BD[rows] = self.encoder(ids_BL, mask_BL).float().cpu().numpy()
+        return result_BD
+
+
+def length_sorted(lengths_B: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
+    """Row numbers in groups of like length, longest first; a group padded to its longest is at most `max_tokens`."""
+    order_B = np.argsort(-lengths_B, kind="stable")
+    start = 0
+    while start < len(order_B):
+        size = max(1, max_tokens // max(1, int(lengths_B[order_B[start]])))
+        yield order_B[start : start + size]
+        start += size

@@ -1,0 +1,374 @@
+"""URIs and artifacts: local folders and S3 behind the same few calls.
+
+An artifact is a folder whose `manifest.json` is written last. It is prepared in a local temporary folder and published
+whole: by rename on a file system, with the manifest as the last object on S3. S3's endpoint and credentials come from
+the usual AWS_* variables (AWS_ENDPOINT_URL for other S3 servers).
+"""
+
+from __future__ import annotations
+
+import datetime
+import fnmatch
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any
+
+from taskspec.config import canonical_sha256
+from taskspec.errors import ArtifactError, StoreError
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+
+
+def is_s3(uri: str) -> bool:
+    return uri.startswith("s3://")
+
+
+def join(uri: str, *parts: str) -> str:
+    """The URI of something below `uri`."""
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+@lru_cache(maxsize=1)
+def _s3() -> Any:
+    import boto3
+    from botocore.config import Config
+
+    return boto3.client("s3", config=Config(retries={"max_attempts": 5, "mode": "standard"}))
+
+
+def _split(uri: str) -> tuple[str, str]:
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if not bucket:
+        raise StoreError(f"{uri}: has no bucket; S3 URIs look like s3://bucket/key")
+    return bucket, key
+
+
+@contextmanager
+def _named(uri: str, verb: str) -> Iterator[None]:
+    """Turns what goes wrong with a URI into a StoreError that names it."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise StoreError(f"{uri}: does not exist") from error
+    except (OSError, BotoCoreError, ClientError) as error:
+        raise StoreError(f"{uri}: cannot be {verb}: {error}") from error
+
+
+def _is_missing(error: Exception) -> bool:
+    code = getattr(error, "response", {}).get("Error", {}).get("Code")
+    return code in ("404", "NoSuchKey", "NotFound")
+
+
+def open_input(uri: str) -> IO[bytes]:
+    """A readable stream of one file's bytes, never the whole file in memory. Raises: StoreError."""
+    with _named(uri, "read"):
+        if not is_s3(uri):
+            return open(uri, "rb")
+        bucket, key = _split(uri)
+        try:
+            body = _s3().get_object(Bucket=bucket, Key=key)["Body"]
+        except Exception as error:
+            if _is_missing(error):
+                raise FileNotFoundError(uri) from error
+            raise
+        return io.BufferedReader(_S3Stream(body), buffer_size=1 << 20)
+
+
+class _S3Stream(io.RawIOBase):
+    """botocore's body as a raw stream that BufferedReader and gzip can read."""
+
+    def __init__(self, body: Any) -> None:
+        self._body = body
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._body.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def read_bytes(uri: str) -> bytes:
+    """One small file. Raises: StoreError."""
+    with _named(uri, "read"), open_input(uri) as stream:
+        return stream.read()
+
+
+def write_bytes(uri: str, content: bytes) -> None:
+    """Writes one small file whole: readers see the old content or the new. Raises: StoreError."""
+    with _named(uri, "written"):
+        if is_s3(uri):
+            bucket, key = _split(uri)
+            _s3().put_object(Bucket=bucket, Key=key, Body=content)
+            return
+        path = Path(uri)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def exists(uri: str) -> bool:
+    """Whether a file is there; for a folder, ask for its manifest."""
+    if not is_s3(uri):
+        return Path(uri).exists()
+    bucket, key = _split(uri)
+    with _named(uri, "read"):
+        try:
+            _s3().head_object(Bucket=bucket, Key=key)
+        except Exception as error:
+            if _is_missing(error):
+                return False
+            raise
+    return True
+
+
+def list_files(uri: str) -> list[str]:
+    """The URIs of all files below a folder, sorted; empty where there is none."""
+    if not is_s3(uri):
+        return sorted(str(path) for path in Path(uri).rglob("*") if path.is_file())
+    bucket, key = _split(uri)
+    prefix = key.rstrip("/") + "/" if key else ""
+    with _named(uri, "listed"):
+        pages = _s3().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        return sorted(f"s3://{bucket}/{item['Key']}" for page in pages for item in page.get("Contents", ()))
+
+
+def expand(uri: str) -> list[str]:
+    """The files that a URI with `*` in its last part names, sorted. Raises: StoreError if none or missing."""
+    folder, _, pattern = uri.rpartition("/")
+    if "*" not in pattern:
+        if not exists(uri):
+            raise StoreError(f"{uri}: does not exist")
+        return [uri]
+    depth = folder.count("/") if folder else 0
+    found = [
+        name
+        for name in list_files(folder or ".")
+        if fnmatch.fnmatch(name.rpartition("/")[2], pattern) and (name.count("/") == depth + 1 or not folder)
+    ]
+    if not found:
+        raise StoreError(f"{uri}: names no file")
+    return found
+
+
+def remove(uri: str) -> None:
+    """Removes a folder with all that is in it, its manifest first: a half-removed artifact is none."""
+    with _named(uri, "removed"):
+        if is_s3(uri):
+            bucket, _ = _split(uri)
+            for name in sorted(list_files(uri), key=lambda name: not name.endswith("/" + MANIFEST)):
+                _s3().delete_object(Bucket=bucket, Key=_split(name)[1])
+        elif Path(uri).exists():
+            (Path(uri) / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(uri)
+
+
+def compare_and_swap(uri: str, expected: bytes | None, content: bytes) -> bool:
+    """Writes a small file if it still holds `expected` (None: if it is not there). Returns: whether it did.
+
+    Local files are guarded by an exclusive lock file, S3 objects by If-Match and If-None-Match.
+    """
+    if not is_s3(uri):
+        import fcntl
+
+        Path(uri).parent.mkdir(parents=True, exist_ok=True)
+        with open(f"{uri}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            current = read_bytes(uri) if exists(uri) else None
+            if current != expected:
+                return False
+            write_bytes(uri, content)
+            return True
+    bucket, key = _split(uri)
+    condition: dict[str, str] = {"IfNoneMatch": "*"}
+    with _named(uri, "written"):
+        try:
+            if expected is not None:
+                current = _s3().get_object(Bucket=bucket, Key=key)
+                if current["Body"].read() != expected:
+                    return False
+                condition = {"IfMatch": current["ETag"]}
+            _s3().put_object(Bucket=bucket, Key=key, Body=content, **condition)
+        except Exception as error:
+            status = getattr(error, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode")
+            if status in (404, 409, 412):
+                return False
+            raise
+    return True
+
+
+def file_sha256(path: str | Path) -> str:
+    """sha256 (hex) of a local file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What an artifact is, what it came from and what it holds."""
+
+    kind: str
+    """prepared-data, negatives, checkpoint, index-shard, index, evaluation."""
+    format_version: int
+    created: str
+    """UTC, ISO 8601."""
+    inputs: Mapping[str, str]
+    """Name → id of each artifact (or sha256 of each file) that it was made from."""
+    config: Mapping[str, Any]
+    """The resolved configuration."""
+    files: Mapping[str, str]
+    """Relative path → sha256."""
+    facts: Mapping[str, Any]
+    """What the kind adds: counts, contract, measured figures."""
+
+    @property
+    def id(self) -> str:
+        """sha256 (hex) over kind, inputs, files and facts: equal content has the same id, whenever it was made."""
+        return canonical_sha256([self.kind, self.format_version, self.inputs, self.files, self.facts])
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An opened artifact: where it is, its manifest, and a local folder with its files."""
+
+    uri: str
+    manifest: Manifest
+    folder: Path
+
+    @property
+    def id(self) -> str:
+        return self.manifest.id
+
+
+@contextmanager
+def publishing(
+    uri: str,
+    kind: str,
+    *,
+    inputs: Mapping[str, str],
+    config: Mapping[str, Any],
+    facts: dict[str, Any],
+) -> Iterator[Path]:
+    """Gives a local folder to write into; on leaving without an error the folder becomes the artifact at `uri`.
+
+    `facts` is read on leaving, so the writer may fill it. An error inside leaves nothing behind, and an artifact
+    that stood at `uri` before stays until the new one is complete.
+    Raises: StoreError, e.g. when the disk is full.
+    """
+    parent = None if is_s3(uri) else Path(uri).absolute().parent
+    with _named(uri, "written"):
+        if parent is not None:
+            parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".publishing-", dir=parent))
+    try:
+        yield work
+        with _named(uri, "written"):
+            names = sorted(str(path.relative_to(work)) for path in work.rglob("*") if path.is_file())
+            manifest = Manifest(
+                kind=kind,
+                format_version=FORMAT_VERSION,
+                created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                inputs=dict(inputs),
+                config=dict(config),
+                files={name: file_sha256(work / name) for name in names},
+                facts=facts,
+            )
+            text = json.dumps(vars(manifest), indent=1, ensure_ascii=False)
+            (work / MANIFEST).write_text(text, encoding="utf-8")
+            if is_s3(uri):
+                remove(uri)
+                bucket, key = _split(uri)
+                for name in [*names, MANIFEST]:
+                    _s3().upload_file(str(work / name), bucket, f"{key.rstrip('/')}/{name}")
+            else:
+                os.chmod(work, 0o755)
+                old = work.with_name(f"{work.name}-old")
+                with suppress(FileNotFoundError):
+                    os.rename(uri, old)
+                os.rename(work, uri)
+                shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def read_manifest(uri: str, kind: str) -> Manifest:
+    """The manifest of an artifact of that kind. Raises: ArtifactError naming what is wrong and the way out."""
+    name = join(uri, MANIFEST)
+    if not exists(name):
+        raise ArtifactError(f"{uri}: holds no {MANIFEST}, so it is no complete {kind}; make it again")
+    try:
+        manifest = Manifest(**json.loads(read_bytes(name)))
+    except (ValueError, TypeError) as error:
+        raise ArtifactError(f"{name}: is damaged ({error}); make the {kind} again") from error
+    if manifest.kind != kind:
+        raise ArtifactError(f"{uri}: is a {manifest.kind}, but a {kind} is needed here")
+    if manifest.format_version != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{uri}: has format version {manifest.format_version}, this taskspec reads {FORMAT_VERSION}; make it again"
+        )
+    return manifest
+
+
+def open_artifact(uri: str, kind: str, *, verify: bool = False) -> Artifact:
+    """Opens an artifact of that kind; one on S3 is fetched once into a cache of this node, keyed by its id.
+
+    Args: verify: compare the sha256 of every file (files fetched from S3 always are).
+    Raises: ArtifactError naming the missing, truncated or altered file.
+    """
+    manifest = read_manifest(uri, kind)
+    folder = Path(uri)
+    if is_s3(uri):
+        folder = cache_folder() / manifest.id
+        if not (folder / MANIFEST).exists():
+            _fetch(uri, manifest, folder)
+    for name, sha256 in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ArtifactError(f"{uri}: {name} is missing; make the {kind} again")
+        if verify and file_sha256(path) != sha256:
+            raise ArtifactError(f"{uri}: {name} is not the file in the manifest (sha256); make the {kind} again")
+    return Artifact(uri, manifest, folder)
+
+
+def cache_folder() -> Path:
+    """This node's cache: $TASKSPEC_CACHE, else ~/.cache/taskspec."""
+    return Path(os.environ.get("TASKSPEC_CACHE") or Path.home() / ".cache" / "taskspec")
+
+
+def _fetch(uri: str, manifest: Manifest, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".fetching-", dir=folder.parent))
+    bucket, key = _split(uri)
+    try:
+        with _named(uri, "read"):
+            for name, sha256 in manifest.files.items():
+                (work / name).parent.mkdir(parents=True, exist_ok=True)
+                _s3().download_file(bucket, f"{key.rstrip('/')}/{name}", str(work / name))
+                if file_sha256(work / name) != sha256:
+                    raise ArtifactError(f"{uri}: {name} is not the file in the manifest (sha256); publish it again")
+            (work / MANIFEST).write_bytes(read_bytes(join(uri, MANIFEST)))
+            with suppress(OSError):  # another process was faster
+                os.rename(work, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

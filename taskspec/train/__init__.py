@@ -1,0 +1,1 @@
+"""The training step, its checkpoint and the loop of one worker."""

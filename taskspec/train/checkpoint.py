@@ -1,0 +1,154 @@
+"""Checkpoints: everything needed to resume or to serve, published whole with a manifest.
+
+Path: worker → [here] → index, mine, evaluate, serve.  A checkpoint folder is a Hugging Face folder (weights, tokenizer)
+with `taskspec.json` (the contract) and `training.safetensors` (optimizer, sensitivities). Step and dropout need no
+state: data and randomness are functions of (seed, step, worker).
+
+A run folder holds `step-00000100/` checkpoints and `run.json`, which names the last and the best one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from taskspec import store
+from taskspec.config import Config, Contract
+from taskspec.errors import TrainingError
+from taskspec.model.encoder import Encoder, TextEncoder, load_encoder, save_encoder
+
+KIND = "checkpoint"
+STATE_FILE = "training.safetensors"
+
+
+def publish_checkpoint(
+    uri: str,
+    config: Config,
+    encoder: Encoder,
+    tokenizer: Any,
+    *,
+    step: int,
+    state: Mapping[str, Tensor],
+    inputs: Mapping[str, str],
+    dev_accuracy: Mapping[str, float],
+) -> Contract:
+    """Writes one checkpoint. Args: inputs: ids of prepared data and negatives. Returns: its contract."""
+    facts: dict[str, Any] = {"step": step, "dev_accuracy": dict(dev_accuracy)}
+    with store.publishing(uri, KIND, inputs=inputs, config=config.model_dump(mode="json"), facts=facts) as folder:
+        contract = save_encoder(config, encoder, tokenizer, folder)
+        tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+        safetensors.torch.save_file(tensors, folder / STATE_FILE)
+        facts["contract"] = contract.model_dump(mode="json")
+        facts["fingerprint"] = contract.fingerprint
+    return contract
+
+
+def read_contract(uri: str) -> Contract:
+    """The contract of a checkpoint, without loading the model."""
+    return Contract.model_validate(store.read_manifest(uri, KIND).facts["contract"])
+
+
+def open_encoder(uri: str, device: str = "cpu") -> TextEncoder:
+    """A checkpoint's encoder, ready to embed. Raises: ArtifactError if the checkpoint is incomplete or altered."""
+    artifact = store.open_artifact(uri, KIND, verify=True)
+    config = Config.model_validate(artifact.manifest.config)
+    encoder, tokenizer = load_encoder(config.model, artifact.folder)
+    return TextEncoder(encoder, tokenizer, Contract.model_validate(artifact.manifest.facts["contract"]), device)
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """A checkpoint opened to go on training from."""
+
+    step: int
+    encoder: Encoder
+    tokenizer: Any
+    tensors: dict[str, Tensor]
+
+
+def open_training(uri: str, config: Config) -> TrainingState:
+    """Opens a checkpoint to resume. Raises: TrainingError if it was trained under another configuration."""
+    artifact = store.open_artifact(uri, KIND, verify=True)
+    theirs = Config.model_validate(artifact.manifest.config)
+    changed = _differences(theirs, config)
+    if changed:
+        raise TrainingError(
+            f"{uri}: was trained with other values of {', '.join(changed)}; "
+            f"take them back, or start in a new folder with --out"
+        )
+    encoder, tokenizer = load_encoder(config.model, artifact.folder)
+    tensors = safetensors.torch.load_file(artifact.folder / STATE_FILE)
+    return TrainingState(artifact.manifest.facts["step"], encoder, tokenizer, tensors)
+
+
+_DECIDES_TRAINING = ("seed", "tasks", "prompts", "model", "contrastive", "mixing", "specialization")
+_MAY_CHANGE_IN_TRAIN = {"workers", "threads", "gpu", "checkpoint_every", "log_every", "max_failures"}
+
+
+def training_identity(config: Config) -> dict[str, Any]:
+    """The part of a configuration that decides a run's weights: a checkpoint resumes only under the same."""
+    tree = config.model_dump(mode="json", include=set(_DECIDES_TRAINING))
+    for task in tree["tasks"]:
+        del task["train"], task["dev"]  # files reach training as prepared data, which has its own id
+    tree["train"] = config.train.model_dump(mode="json", exclude=_MAY_CHANGE_IN_TRAIN)
+    return tree
+
+
+def _differences(a: Config, b: Config) -> list[str]:
+    mine, theirs = training_identity(a), training_identity(b)
+    return [
+        f"{section}.{key}" if key else section
+        for section in mine
+        for key in (mine[section] if isinstance(mine[section], dict) else [""])
+        if (mine[section][key] != theirs[section][key] if key else mine[section] != theirs[section])
+    ]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The state of a run folder, as `run.json` has it."""
+
+    uri: str
+    last: str
+    """Folder name of the newest checkpoint."""
+    best: str
+    """Folder name of the one with the highest mean dev accuracy; the earliest of equals."""
+    best_accuracy: float
+    finished: bool
+
+    @property
+    def last_uri(self) -> str:
+        return store.join(self.uri, self.last)
+
+    @property
+    def best_uri(self) -> str:
+        return store.join(self.uri, self.best)
+
+
+def read_run(uri: str) -> Run | None:
+    """The run in a folder, or None if none has published a checkpoint there."""
+    name = store.join(uri, "run.json")
+    return Run(uri=uri, **json.loads(store.read_bytes(name))) if store.exists(name) else None
+
+
+def add_to_run(run: Run | None, uri: str, folder: str, accuracy: float, *, finished: bool) -> Run:
+    """Names a newly published checkpoint in `run.json` and removes the one that is now neither last nor best."""
+    if run is None or accuracy > run.best_accuracy:
+        best, best_accuracy = folder, accuracy
+    else:
+        best, best_accuracy = run.best, run.best_accuracy
+    new = Run(uri, folder, best, best_accuracy, finished)
+    write_run(new)
+    for old in {run.last, run.best} - {new.last, new.best} if run else ():
+        store.remove(store.join(uri, old))
+    return new
+
+
+def write_run(run: Run) -> None:
+    values = {name: value for name, value in asdict(run).items() if name != "uri"}
+    store.write_bytes(store.join(run.uri, "run.json"), json.dumps(values, indent=1).encode())

@@ -1,0 +1,195 @@
+"""A run on Ray Train: check, publish the first checkpoint, start the workers, show progress.
+
+Path: prepared data, negatives → [here] → the run's best checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import threading
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from taskspec import cluster, store
+from taskspec.config import Config
+from taskspec.data.batches import StepBatches
+from taskspec.data.prepared import PreparedData
+from taskspec.data.stream import stream
+from taskspec.errors import DataError, TaskspecError, TrainingError
+from taskspec.model.encoder import build_encoder, load_encoder
+from taskspec.train.checkpoint import Run, add_to_run, open_training, publish_checkpoint, read_run
+from taskspec.train.worker import TrainJob, console_line, make_maker, make_plan, read_metrics, train_worker
+
+TOKENIZER_TEXTS = 200_000
+"""At most so many passages, evenly spaced, train a tokenizer; all train queries do as well, up to as many a task."""
+
+
+def start_run(job: TrainJob) -> Run:
+    """Finds the run to go on with, or publishes the untrained encoder as its first checkpoint.
+
+    Raises: TrainingError if the folder holds a run of another configuration or of other inputs.
+    """
+    prepared = PreparedData.open(job.prepared)
+    plan = make_plan(job.config, prepared)
+    inputs = {"prepared": prepared.id}
+    if job.config.contrastive.negatives:
+        if job.negatives is None:
+            raise DataError(
+                f"contrastive.negatives is {job.config.contrastive.negatives} but no negatives are given; "
+                f"mine them with python -m jobs.mine, or set contrastive.negatives=0"
+            )
+        inputs["negatives"] = store.read_manifest(job.negatives, "negatives").id
+    run = read_run(job.run)
+    if run is not None:
+        theirs = store.read_manifest(run.last_uri, "checkpoint").inputs
+        for name, value in inputs.items():
+            if theirs.get(name) != value:
+                raise TrainingError(
+                    f"{job.run}: was trained on other {name} ({str(theirs.get(name))[:12]} against {value[:12]}); "
+                    f"start in a new folder with --out"
+                )
+        open_training(run.last_uri, job.config)
+        return run
+    model = job.config.model
+    if model.source is not None:
+        encoder, tokenizer = load_encoder(model, model.source)
+    else:
+        encoder, tokenizer = build_encoder(model, _tokenizer_texts(prepared, tuple(plan.batch)), job.config.seed)
+    folder = "step-00000000"
+    publish_checkpoint(
+        store.join(job.run, folder),
+        job.config,
+        encoder,
+        tokenizer,
+        step=0,
+        state={},
+        inputs=inputs,
+        dev_accuracy={},
+    )
+    return add_to_run(None, job.run, folder, 0.0, finished=job.config.train.steps == 0)
+
+
+def _tokenizer_texts(prepared: PreparedData, tasks: tuple[str, ...]) -> Iterator[str]:
+    def spaced(rows: int) -> list[range]:
+        every = range(0, rows, max(1, rows // TOKENIZER_TEXTS))
+        return [every[i : i + 1024] for i in range(0, len(every), 1024)]
+
+    for rows in spaced(len(prepared.passages)):
+        taken = prepared.passages.take(list(rows), ["title", "text"])
+        yield from (f"{title} {text}" for title, text in zip(taken["title"], taken["text"], strict=True))
+    for task in tasks:
+        queries = prepared.queries(task, "train")
+        for rows in spaced(len(queries)):
+            yield from queries.take(list(rows), ["text"])["text"]
+
+
+def needed_cpus(config: Config) -> int:
+    """Logical CPUs of a run: one a worker, a quarter each for its tokenizing, one for Ray Data's short tasks."""
+    return config.train.workers + math.ceil(config.train.workers / 4) + 1
+
+
+def train(job: TrainJob) -> Run:
+    """Trains to the last step on the connected cluster, going on where an interrupted run stopped.
+
+    Raises: PlacementError within `cluster.wait_s` if the cluster is too small; TrainingError with the worker's own
+        message if training fails more than `train.max_failures` times.
+    """
+    config = job.config
+    cluster.require(
+        f"training with {config.train.workers} worker(s) and their data",
+        cpus=needed_cpus(config),
+        gpus=config.train.workers if config.train.gpu else 0,
+        wait_s=config.cluster.wait_s,
+    )
+    run = start_run(job)
+    if run.finished:
+        print(f"{job.run}: is finished already", flush=True)
+        return run
+    stop = threading.Event()
+    progress = threading.Thread(target=_show_progress, args=(job, stop), daemon=True)
+    progress.start()
+    try:
+        _fit(job)
+    finally:
+        stop.set()
+        progress.join()
+    finished = read_run(job.run)
+    assert finished is not None
+    return finished
+
+
+def _fit(job: TrainJob) -> None:
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    config = job.config.train
+    with tempfile.TemporaryDirectory() as scratch:
+        storage = scratch if os.environ.get("RAY_ADDRESS") is None else store.join(job.run, "ray")
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"job": job},
+            scaling_config=ray.train.ScalingConfig(num_workers=config.workers, use_gpu=config.gpu),
+            run_config=ray.train.RunConfig(
+                name="train",
+                storage_path=storage,
+                failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            ),
+        )
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise _translate(error) from error
+
+
+def _translate(error: Exception) -> TaskspecError:
+    causes = getattr(error, "worker_failures", {}) or {}
+    for cause in causes.values():
+        inner = getattr(cause, "cause", None) or cause
+        if isinstance(inner, TaskspecError):
+            return inner
+    first = next(iter(causes.values()), error)
+    return TrainingError(f"training failed: {str(first).strip().splitlines()[-1]}")
+
+
+def _worker(settings: dict[str, Any]) -> None:
+    """Runs in each Ray Train worker."""
+    import ray.train
+    import ray.train.torch
+
+    context = ray.train.get_context()
+
+    def barrier(metrics: dict[str, Any], checkpoint: str) -> None:
+        ray.train.report(metrics)
+
+    train_worker(
+        settings["job"],
+        batches=_ray_batches,
+        barrier=barrier,
+        device=str(ray.train.torch.get_device()),
+        local_workers=context.get_local_world_size(),
+    )
+
+
+def _ray_batches(job: TrainJob, tokenizer: Any, rank: int, workers: int, start: int) -> Iterator[StepBatches]:
+    tasks = tuple(task.name for task in job.config.trained_tasks)
+    return stream(partial(make_maker, job, tokenizer, rank, workers), tasks, start, job.config.train.steps)
+
+
+def _show_progress(job: TrainJob, stop: threading.Event) -> None:
+    """Prints each new line of the run's metrics; workers' own output stays in Ray's logs."""
+    shown = len(read_metrics(job.run))
+    label = job.run.rstrip("/").rpartition("/")[2]
+    while True:
+        ending = stop.wait(2)
+        lines = read_metrics(job.run)
+        if len(lines) < shown:  # workers went back to the last checkpoint
+            print(f"{label}: workers were restarted from the last checkpoint", flush=True)
+            shown = len(lines)
+        for line in lines[shown:]:
+            print(f"{label}: {console_line(line, job.config.train.steps)}", flush=True)
+        shown = len(lines)
+        if ending:
+            return

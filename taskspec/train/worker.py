@@ -1,0 +1,251 @@
+"""The loop of one worker: batches → steps → log lines, checkpoints.
+
+Path: stream → step → [here] → checkpoint.  Runs inside Ray Train (`launch.py`) or alone in one process: the stream and
+the barrier come in as arguments.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from taskspec import store
+from taskspec.config import Config
+from taskspec.data.batches import BatchMaker, GivenNegatives, StepBatches, dev_batches
+from taskspec.data.plan import Plan, queries_per_task
+from taskspec.data.prepared import PreparedData
+from taskspec.errors import ConfigError
+from taskspec.model.encoder import text_tokenizer
+from taskspec.train.checkpoint import add_to_run, open_training, publish_checkpoint, read_run
+from taskspec.train.step import StepResult, Trainer
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """What a run is made from and where it goes; every worker gets the same."""
+
+    config: Config
+    prepared: str
+    """URI of the prepared data."""
+    negatives: str | None
+    """URI of the negatives; None where `contrastive.negatives` is 0."""
+    run: str
+    """URI of the run folder."""
+
+
+Batches = Callable[[TrainJob, Any, int, int, int], Iterator[StepBatches]]
+"""(job, tokenizer, rank, workers, first step) → the batches from that step on."""
+
+
+def make_plan(config: Config, prepared: PreparedData) -> Plan:
+    """The plan of a run: mixing over all tasks of the configuration, so that a task trained alone gets the queries per
+    step that it gets among the others.
+
+    Raises: ConfigError for a trained task without train queries.
+    """
+    have = prepared.tasks("train")
+    for task in config.trained_tasks:
+        if task.name not in have:
+            raise ConfigError(f"tasks.{task.name}: the prepared data has no train queries of it; prepare it again")
+    sizes = {task.name: len(prepared.queries(task.name, "train")) for task in config.tasks if task.name in have}
+    batch = queries_per_task(sizes, config.mixing.queries_per_step, config.mixing.temperature)
+    trained = [task.name for task in config.trained_tasks]
+    return Plan(config.seed, {name: sizes[name] for name in trained}, {name: batch[name] for name in trained})
+
+
+def make_maker(job: TrainJob, tokenizer: Any, rank: int, workers: int) -> BatchMaker:
+    """Opens what one worker's batches are made from."""
+    prepared = PreparedData.open(job.prepared)
+    plan = make_plan(job.config, prepared)
+    negatives = GivenNegatives(job.negatives, prepared, tuple(plan.batch)) if job.negatives else None
+    return BatchMaker(
+        plan,
+        prepared,
+        text_tokenizer(job.config, tokenizer),
+        negatives=negatives,
+        negatives_per_query=job.config.contrastive.negatives,
+        rank=rank,
+        workers=workers,
+    )
+
+
+def local_batches(job: TrainJob, tokenizer: Any, rank: int, workers: int, start: int) -> Iterator[StepBatches]:
+    """The stream without Ray: batches are made where they are used."""
+    maker = make_maker(job, tokenizer, rank, workers)
+    return (maker.step(step) for step in range(start, job.config.train.steps))
+
+
+def train_worker(
+    job: TrainJob,
+    *,
+    batches: Batches = local_batches,
+    barrier: Callable[[dict[str, Any], str], None] = lambda metrics, checkpoint: None,
+    device: str = "cpu",
+    local_workers: int = 1,
+) -> None:
+    """Trains from the run's last checkpoint to its last step.
+
+    Args: barrier: called by every worker after each checkpoint with the metrics and the checkpoint's URI.
+        local_workers: workers on this node, for the threads of each.
+    """
+    config = job.config
+    torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // local_workers))
+    run = read_run(job.run)
+    assert run is not None  # launch publishes the first checkpoint before any worker starts
+    resumed = open_training(run.last_uri, config)
+    inputs = dict(store.read_manifest(run.last_uri, "checkpoint").inputs)
+    trainer = Trainer(config, resumed.encoder, torch.device(device))
+    trainer.load(resumed.tensors)
+    rank, workers = trainer.collectives.rank, trainer.collectives.workers
+    prepared = PreparedData.open(job.prepared)
+    dev = dev_batches(
+        prepared,
+        text_tokenizer(config, resumed.tokenizer),
+        trainer.tasks,
+        queries=config.train.dev_queries,
+        seed=config.seed,
+        rank=rank,
+        workers=workers,
+    )
+    log = Log(job, trainer, resumed.step, sum(make_plan(config, prepared).batch.values())) if rank == 0 else None
+    waited, started = 0.0, time.perf_counter()
+    stream = batches(job, resumed.tokenizer, rank, workers, resumed.step)
+    for step in range(resumed.step, config.train.steps):
+        asked = time.perf_counter()
+        batch = next(stream)
+        waited += time.perf_counter() - asked
+        done = step + 1
+        last = done == config.train.steps
+        described = last or done % config.train.log_every == 0
+        if step == resumed.step:
+            trainer.settle(batch)
+        result = trainer.step(step, batch, describe=described)
+        if log:
+            log.add(result)
+
+        # once in a while: measure dev accuracy and publish a checkpoint
+        if last or done % config.train.checkpoint_every == 0:
+            accuracy = trainer.evaluate(dev)
+            folder = f"step-{done:08d}"
+            if log:
+                log.dev_accuracy = accuracy
+                publish_checkpoint(
+                    store.join(job.run, folder),
+                    config,
+                    resumed.encoder,
+                    resumed.tokenizer,
+                    step=done,
+                    state=trainer.state(),
+                    inputs=inputs,
+                    dev_accuracy=accuracy,
+                )
+                mean = sum(accuracy.values()) / len(accuracy) if accuracy else 0.0
+                run = add_to_run(run, job.run, folder, mean, finished=last)
+            barrier({"step": done, **accuracy}, store.join(job.run, folder))
+
+        # once in a while: one line for the console, JSONL and TensorBoard
+        if log and described:
+            now = time.perf_counter()
+            log.write(done, result, seconds=now - started, waited=waited)
+            waited, started = 0.0, now
+    if log:
+        log.close()
+
+
+class Log:
+    """The metrics of a run since its last line: `metrics/step-….jsonl` and TensorBoard, in the run folder.
+
+    A file holds the lines from one start of the workers on, and is named by the first step; a line that a later start
+    wrote again counts instead of the older one (`read_metrics`).
+    """
+
+    def __init__(self, job: TrainJob, trainer: Trainer, start: int, queries_per_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._trainer = trainer
+        self._name = store.join(job.run, "metrics", f"step-{start:08d}.jsonl")
+        self._lines: list[str] = []
+        self._results: list[StepResult] = []
+        self._queries_per_step = queries_per_step
+        self._board = SummaryWriter(store.join(job.run, "tensorboard"), purge_step=start)
+        self.dev_accuracy: dict[str, float] = {}
+
+    def add(self, result: StepResult) -> None:
+        self._results.append(result)
+
+    def write(self, step: int, result: StepResult, *, seconds: float, waited: float) -> None:
+        """Writes the line of a step whose weights were described. Args: seconds, waited: since the last line."""
+        loss_T = torch.stack([r.loss_T for r in self._results]).mean(0).tolist()
+        accuracy_T = torch.stack([r.accuracy_T for r in self._results]).mean(0).tolist()
+        tasks: dict[str, dict[str, float]] = {}
+        for task, loss, accuracy in zip(self._trainer.tasks, loss_T, accuracy_T, strict=True):
+            tasks[task] = {"loss": loss, "train_accuracy": accuracy}
+            if task in self.dev_accuracy:
+                tasks[task]["dev_accuracy"] = self.dev_accuracy[task]
+        assert result.specialized is not None
+        line = {
+            "step": step,
+            "tasks": tasks,
+            "entropy": result.specialized.entropy,
+            "saturation": result.specialized.saturation,
+            "saturated_energy": result.specialized.saturated_energy,
+            "gradient_norm": result.gradient_norm,
+            "gradient_ratio": result.gradient_ratio,
+            "clip_rate": sum(r.clipped for r in self._results) / len(self._results),
+            "learning_rate": result.learning_rate,
+            "queries_per_second": self._queries_per_step * len(self._results) / seconds,
+            "wait_share": waited / seconds,
+            "bytes_sent": self._trainer.collectives.bytes_sent,
+        }
+        self._results.clear()
+        self._lines.append(json.dumps(line))
+        store.write_bytes(self._name, ("\n".join(self._lines) + "\n").encode())
+        for name, value in line.items():
+            if isinstance(value, float) and math.isfinite(value):
+                self._board.add_scalar(name, value, step)
+        for task, values in tasks.items():
+            for name, value in values.items():
+                self._board.add_scalar(f"{task}/{name}", value, step)
+
+    def close(self) -> None:
+        self._board.close()
+
+
+def read_metrics(run: str) -> list[dict[str, Any]]:
+    """The lines of a run, by step; where workers were restarted, the later start's line counts."""
+    lines: dict[int, dict[str, Any]] = {}
+    for name in store.list_files(store.join(run, "metrics")):
+        first = int(name.rpartition("step-")[2].removesuffix(".jsonl"))
+        lines = {step: line for step, line in lines.items() if step <= first}
+        for text in store.read_bytes(name).decode().splitlines():
+            line = json.loads(text)
+            lines[line["step"]] = line
+    return [lines[step] for step in sorted(lines)]
+
+
+def console_line(line: dict[str, Any], steps: int) -> str:
+    """One short line of a step for a person: means over tasks, the task with the highest loss by name."""
+    tasks = line["tasks"]
+    loss = sum(t["loss"] for t in tasks.values()) / len(tasks)
+    hardest = max(tasks, key=lambda task: tasks[task]["loss"])
+    dev = [t["dev_accuracy"] for t in tasks.values() if "dev_accuracy" in t]
+    parts = [
+        f"step {line['step']}/{steps}",
+        f"loss {loss:.2f} (most {hardest} {tasks[hardest]['loss']:.2f})",
+        f"dev {100 * sum(dev) / len(dev):.0f}%" if dev else "",
+        f"entropy {line['entropy']:.2f}",
+        f"saturated {100 * line['saturation']:.0f}%",
+        f"‖g‖ ×{line['gradient_ratio']:.1f}",
+        f"clipped {100 * line['clip_rate']:.0f}%",
+        f"lr {line['learning_rate']:.1e}",
+        f"{line['queries_per_second']:.0f} q/s",
+        f"waits {100 * line['wait_share']:.0f}%",
+    ]
+    return "  ".join(part for part in parts if part)
