@@ -41,13 +41,14 @@ def stream(
     Args: make_maker: called once in the process that tokenizes; picklable.
     """
     import ray.data
+    from ray.data import ExecutionResources
 
     from taskspec.cluster import prepare_ray_data
 
     if start >= steps:
         return
     context = prepare_ray_data()
-    context.execution_options.resource_limits.object_store_memory = AHEAD_BYTES
+    context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=AHEAD_BYTES)
     blocks = -(-(steps - start) // STEPS_PER_BLOCK)
     dataset = ray.data.range(steps - start, override_num_blocks=blocks).map_batches(
         StepBlobs,

@@ -52,7 +52,7 @@ class Collectives:
 
 def _all_gather(tensor: Tensor) -> Tensor:
     result = tensor.new_empty((dist.get_world_size() * tensor.shape[0], *tensor.shape[1:]))
-    dist.all_gather_into_tensor(result, tensor.contiguous())
+    dist.all_gather_single(result, tensor.contiguous())
     return result
 
 

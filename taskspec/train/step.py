@@ -62,7 +62,7 @@ class Trainer:
         self.flat = FlatParameters(self.task_loss)
         self.forward: TaskLoss | DistributedDataParallel = self.task_loss
         if self.collectives.workers > 1:
-            self.forward = DistributedDataParallel(self.task_loss, broadcast_buffers=False)
+            self.forward = DistributedDataParallel(self.task_loss, forward_sync_buffers=False)
         tasks = [task.name for task in config.trained_tasks]
         self.method = make_method(config.specialization, tasks, self.flat.theta_P, config.train.steps)
         self.parameter = nn.Parameter(self.flat.theta_P)

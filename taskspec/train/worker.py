@@ -102,7 +102,8 @@ def train_worker(
     resumed = open_training(run.last_uri, config)
     inputs = dict(store.read_manifest(run.last_uri, "checkpoint").inputs)
     trainer = Trainer(config, resumed.encoder, torch.device(device))
-    trainer.load(resumed.tensors)
+    if resumed.step:
+        trainer.load(resumed.tensors)
     rank, workers = trainer.collectives.rank, trainer.collectives.workers
     prepared = PreparedData.open(job.prepared)
     dev = dev_batches(

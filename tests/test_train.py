@@ -1,0 +1,203 @@
+"""Training in one process: resuming, checkpoints, metrics, what is refused."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import safetensors.torch
+import torch
+
+from taskspec import store
+from taskspec.config import Config, parse_config
+from taskspec.data.prepared import PreparedData
+from taskspec.errors import ArtifactError, ConfigError, DataError, TrainingError
+from taskspec.train.checkpoint import STATE_FILE, open_encoder, read_contract, read_run
+from taskspec.train.launch import needed_cpus, start_run
+from taskspec.train.step import learning_rate_factor
+from taskspec.train.worker import TrainJob, console_line, local_batches, make_plan, read_metrics, train_worker
+
+
+def with_keys(config: Config, **sections) -> Config:
+    tree = config.model_dump(mode="json")
+    for name, values in sections.items():
+        tree[name] = tree[name] | values if isinstance(values, dict) else values
+    return parse_config(tree, "test")
+
+
+@pytest.fixture(scope="module")
+def config(tiny_config: Config) -> Config:
+    return with_keys(
+        tiny_config,
+        contrastive={"negatives": 0},
+        model={"dropout": 0.1},
+        specialization={"method": "taco", "min_warmup_steps": 1, "warmup": 0.1},
+        train={"steps": 8, "checkpoint_every": 3, "log_every": 2, "dev_queries": 8, "threads": 1}
+        | {"learning_rate": 1e-3},
+    )
+
+
+@pytest.fixture
+def job(config: Config, tiny_prepared: PreparedData, tmp_path) -> TrainJob:
+    return TrainJob(config, tiny_prepared.artifact.uri, None, str(tmp_path / "run"))
+
+
+def tensors(checkpoint: str) -> dict[str, torch.Tensor]:
+    names = (store.join(checkpoint, name) for name in ("model.safetensors", STATE_FILE))
+    return {key: value for name in names for key, value in safetensors.torch.load_file(name).items()}
+
+
+class Interrupted(Exception):
+    pass
+
+
+def breaking_at(step: int):
+    """The stream of a run that dies before that step."""
+
+    def batches(job, tokenizer, rank, workers, start) -> Iterator:
+        yield from itertools.islice(local_batches(job, tokenizer, rank, workers, start), step - start)
+        raise Interrupted
+
+    return batches
+
+
+@pytest.mark.parametrize("broken_at", [1, 5, 6])
+def test_a_run_broken_at_any_step_resumes_to_the_same_bits(job, broken_at, tmp_path):
+    """Dropout is on, checkpoints are at 3 and 6: a break at 5 goes back to 3."""
+    start_run(job)
+    train_worker(job)
+    broken = replace(job, run=str(tmp_path / "broken"))
+    start_run(broken)
+    with pytest.raises(Interrupted):
+        train_worker(broken, batches=breaking_at(broken_at))
+    assert start_run(broken).last == f"step-{broken_at // 3 * 3:08d}"
+    train_worker(broken)
+    ours, theirs = tensors(read_run(job.run).last_uri), tensors(read_run(broken.run).last_uri)
+    assert ours.keys() == theirs.keys()
+    assert any(name.startswith("method.average") for name in ours)
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+    unbroken, resumed = read_metrics(job.run), read_metrics(broken.run)
+    assert [line["step"] for line in resumed] == [2, 4, 6, 8]
+    assert [line["tasks"] for line in resumed][-1] == unbroken[-1]["tasks"]
+
+
+def test_a_run_keeps_its_last_and_its_best_checkpoint_only(job):
+    start_run(job)
+    train_worker(job)
+    run = read_run(job.run)
+    assert run.finished
+    assert run.last == "step-00000008"
+    kept = {name.split("/")[-2] for name in store.list_files(job.run) if name.endswith(store.MANIFEST)}
+    assert kept == {run.last, run.best}
+    accuracy = store.read_manifest(run.best_uri, "checkpoint").facts["dev_accuracy"]
+    assert run.best_accuracy == pytest.approx(sum(accuracy.values()) / len(accuracy))
+
+
+def test_a_line_has_every_task_and_fits_a_terminal(job, config):
+    start_run(job)
+    train_worker(job)
+    lines = read_metrics(job.run)
+    assert [line["step"] for line in lines] == [2, 4, 6, 8]
+    last = lines[-1]
+    assert list(last["tasks"]) == [task.name for task in config.tasks]
+    assert all({"loss", "train_accuracy", "dev_accuracy"} <= set(values) for values in last["tasks"].values())
+    assert last["gradient_ratio"] > 0
+    assert 0 <= last["wait_share"] <= 1
+    assert len(console_line(last, 8)) < 160
+    assert any("tfevents" in name for name in store.list_files(job.run))
+
+
+def test_training_lowers_the_loss(job):
+    job = replace(job, config=with_keys(job.config, model={"dropout": 0.0}, train={"steps": 30, "learning_rate": 3e-3}))
+    start_run(job)
+    train_worker(job)
+    lines = read_metrics(job.run)
+    first, last = (sum(task["loss"] for task in line["tasks"].values()) for line in (lines[0], lines[-1]))
+    assert last < 0.8 * first
+
+
+def test_zero_steps_publish_the_untrained_encoder(job):
+    run = start_run(replace(job, config=with_keys(job.config, train={"steps": 0})))
+    assert run.finished
+    assert open_encoder(run.best_uri).embed_queries("nq", ["who"])[0].shape == (1, job.config.model.scratch.width)
+
+
+def test_two_runs_of_one_seed_start_from_the_same_bits_and_another_seed_from_others(job, tmp_path):
+    first = start_run(job)
+    again = start_run(replace(job, run=str(tmp_path / "again")))
+    other = start_run(replace(job, run=str(tmp_path / "other"), config=with_keys(job.config, seed=job.config.seed + 1)))
+    assert read_contract(first.last_uri).weights == read_contract(again.last_uri).weights
+    assert read_contract(first.last_uri).weights != read_contract(other.last_uri).weights
+
+
+def test_a_run_of_another_configuration_is_refused_by_key(job):
+    start_run(job)
+    changed = replace(job, config=with_keys(job.config, specialization={"strength": 3.0}))
+    with pytest.raises(TrainingError, match=r"other values of specialization\.strength; take them back, or"):
+        start_run(changed)
+    start_run(replace(job, config=with_keys(job.config, train={"log_every": 1, "workers": 2})))  # may change
+
+
+def test_a_run_on_other_prepared_data_is_refused(job, tmp_path):
+    run = start_run(job)
+    manifest = store.join(run.last_uri, store.MANIFEST)
+    ours = PreparedData.open(job.prepared).id
+    store.write_bytes(manifest, store.read_bytes(manifest).replace(ours.encode(), b"0" * len(ours)))
+    with pytest.raises(TrainingError, match="was trained on other prepared"):
+        start_run(job)
+
+
+def test_an_altered_checkpoint_is_refused_by_file(job):
+    run = start_run(job)
+    path = store.join(run.last_uri, "model.safetensors")
+    content = bytearray(store.read_bytes(path))
+    content[-1] ^= 1
+    store.write_bytes(path, bytes(content))
+    with pytest.raises(ArtifactError, match=r"model\.safetensors is not the file in the manifest"):
+        open_encoder(run.last_uri)
+
+
+def test_negatives_that_are_asked_for_but_not_given_are_refused(job):
+    wanting = replace(job, config=with_keys(job.config, contrastive={"negatives": 2}))
+    with pytest.raises(DataError, match=r"contrastive\.negatives is 2 but no negatives are given; mine them"):
+        start_run(wanting)
+
+
+def test_a_task_without_train_queries_is_refused(job):
+    extra = [*job.config.model_dump(mode="json")["tasks"], {"name": "unheard"}]
+    with pytest.raises(ConfigError, match=r"tasks\.unheard: the prepared data has no train queries of it"):
+        start_run(replace(job, config=with_keys(job.config, tasks=extra)))
+
+
+def test_single_trains_one_task_with_the_queries_it_gets_among_all(job, tiny_prepared):
+    together = make_plan(job.config, tiny_prepared)
+    alone = make_plan(
+        with_keys(job.config, specialization={"method": "single"}, train={"tasks": ["nq"]}), tiny_prepared
+    )
+    assert alone.batch == {"nq": together.batch["nq"]}
+    assert alone.rows("nq", 5).tolist() == together.rows("nq", 5).tolist()
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_task(job):
+    start_run(job)
+
+    def spoiled(job, tokenizer, rank, workers, start):
+        for batches in local_batches(job, tokenizer, rank, workers, start):
+            weight = batches["nq"].query_weight_B
+            yield batches | {"nq": replace(batches["nq"], query_weight_B=weight * float("nan"))}
+
+    with pytest.raises(TrainingError, match="step 0: the gradient of nq is not finite"):
+        train_worker(job, batches=spoiled)
+
+
+def test_learning_rate_rises_then_falls_to_zero():
+    factors = [learning_rate_factor(step, 10, 0.2) for step in range(10)]
+    assert factors[:3] == [0.5, 1.0, 1.0]
+    assert factors[-1] == pytest.approx(1 / 8)
+    assert factors[2:] == sorted(factors[2:], reverse=True)
+    assert learning_rate_factor(0, 10, 0.0) == 1.0
+
+
+def test_a_run_needs_a_cpu_per_worker_and_some_for_its_data(config):
+    assert [needed_cpus(with_keys(config, train={"workers": n})) for n in (1, 2, 8)] == [3, 4, 11]
