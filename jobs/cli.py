@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from taskspec.config import Config, load_config
+from taskspec import store
+from taskspec.config import Config, load_config, parse_config
 from taskspec.errors import TaskspecError
 
 
@@ -29,8 +31,16 @@ def parser(description: str, *, config_required: bool = True) -> argparse.Argume
 
 
 def configuration(arguments: argparse.Namespace) -> Config:
-    """The configuration that `--config` and `--set` name."""
-    return load_config(arguments.config, arguments.overrides)
+    """The configuration that `--config` and `--set` name, its local paths made absolute."""
+    config = load_config(arguments.config, arguments.overrides)
+    tree = config.model_dump(mode="json")
+    tree["artifacts"] = store.absolute(config.artifacts)
+    tree["data"]["knowledge_source"] = [store.absolute(uri) for uri in config.data.knowledge_source]
+    for task in tree["tasks"]:
+        task |= {split: [store.absolute(uri) for uri in task[split]] for split in ("train", "dev")}
+    if config.model.source and os.path.isdir(config.model.source):
+        tree["model"]["source"] = store.absolute(config.model.source)
+    return parse_config(tree, arguments.config)
 
 
 def main(run: Callable[[Sequence[str] | None], dict[str, Any]], argv: Sequence[str] | None = None) -> None:

@@ -28,8 +28,14 @@ def build_parser() -> argparse.ArgumentParser:
         config_required=False,
     )
     searchers = result.add_argument_group("with --config")
-    searchers.add_argument("--checkpoint", metavar="URI", help="a retriever's checkpoint")
-    searchers.add_argument("--index", metavar="URI", help="the index built from it; default <artifacts>/index")
+
+    def add_uri(name: str, text: str) -> None:
+        searchers.add_argument(name, type=store.absolute, metavar="URI", help=text)
+
+    add_uri("--checkpoint", "a retriever's checkpoint")
+    searchers.add_argument(
+        "--index", type=store.absolute, metavar="URI", help="the index built from it; default <artifacts>/index"
+    )
     searchers.add_argument(
         "--systems",
         nargs="+",
@@ -39,8 +45,12 @@ def build_parser() -> argparse.ArgumentParser:
         "of all of them",
     )
     searchers.add_argument("--no-bm25", action="store_true", help="leave BM25 out")
-    searchers.add_argument("--prepared", metavar="URI", help="prepared data; default <artifacts>/prepared")
-    searchers.add_argument("--out", metavar="URI", help="where the evaluation goes; default <artifacts>/evaluation")
+    searchers.add_argument(
+        "--prepared", type=store.absolute, metavar="URI", help="prepared data; default <artifacts>/prepared"
+    )
+    searchers.add_argument(
+        "--out", type=store.absolute, metavar="URI", help="where the evaluation goes; default <artifacts>/evaluation"
+    )
     files = result.add_argument_group("without --config")
     files.add_argument("--gold", metavar="FILE", help="KILT task file with the answers, .jsonl or .jsonl.gz")
     files.add_argument("--guess", metavar="FILE", help="KILT prediction file, pages best first")

@@ -12,9 +12,9 @@ from taskspec import store
 
 def build_parser() -> argparse.ArgumentParser:
     result = cli.parser("Embed all passages by a checkpoint and build their index. Run again to go on.")
-    result.add_argument("--checkpoint", required=True, help="URI that jobs.train printed")
-    result.add_argument("--prepared", help="prepared data; default <artifacts>/prepared")
-    result.add_argument("--out", help="where the index is published; default <artifacts>/index")
+    result.add_argument("--checkpoint", type=store.absolute, required=True, help="URI that jobs.train printed")
+    result.add_argument("--prepared", type=store.absolute, help="prepared data; default <artifacts>/prepared")
+    result.add_argument("--out", type=store.absolute, help="where the index is published; default <artifacts>/index")
     return result
 
 

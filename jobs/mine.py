@@ -13,8 +13,10 @@ from taskspec import store
 
 def build_parser() -> argparse.ArgumentParser:
     result = cli.parser("Mine lexical negatives of every train query from the prepared passages.")
-    result.add_argument("--prepared", help="prepared data; default <artifacts>/prepared")
-    result.add_argument("--out", help="where the negatives are published; default <artifacts>/negatives")
+    result.add_argument("--prepared", type=store.absolute, help="prepared data; default <artifacts>/prepared")
+    result.add_argument(
+        "--out", type=store.absolute, help="where the negatives are published; default <artifacts>/negatives"
+    )
     return result
 
 

@@ -126,7 +126,6 @@ def changed(config: Config, **changes: Any) -> Config:
 def make_inputs(config: Config) -> Inputs:
     """Prepared data and, where training wants them, BM25 negatives."""
     from taskspec.data.prepare import prepare, prepare_inputs
-
     from taskspec.data.prepared import PreparedData
     from taskspec.negatives.bm25 import mine_bm25
 

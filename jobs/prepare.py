@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jobs import cli
 from taskspec import store
 from taskspec.config import Config, Train
+from taskspec.errors import ConfigError
 
 if TYPE_CHECKING:
     from taskspec.model.prompts import TextTokenizer
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 def build_parser() -> argparse.ArgumentParser:
     result = cli.parser("Read task files and a knowledge source, and publish prepared data for all later jobs.")
-    result.add_argument("--out", help="where to publish; default <artifacts>/prepared")
+    result.add_argument("--out", type=store.absolute, help="where to publish; default <artifacts>/prepared")
     result.add_argument("--check", action="store_true", help="read everything, write nothing, report what is odd")
     return result
 
@@ -48,15 +49,23 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def _tokenizer(config: Config) -> TextTokenizer | None:
-    """The tokenizer of the model that the configuration names; one from scratch has none yet."""
+    """The tokenizer of the model that the configuration names; one from scratch has none yet.
+
+    Raises: ConfigError if it cannot be loaded.
+    """
     if config.model.source is None:
         return None
     from transformers import AutoTokenizer
 
     from taskspec.model.encoder import text_tokenizer
 
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.model.source)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model.source {config.model.source}: no tokenizer: {first_line}") from error
     every_task = config.model_copy(update={"train": Train()})
-    return text_tokenizer(every_task, AutoTokenizer.from_pretrained(config.model.source))
+    return text_tokenizer(every_task, tokenizer)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from taskspec import store
 
 def build_parser() -> argparse.ArgumentParser:
     result = cli.parser("Train one retriever on a Ray cluster. Run again with the same --out to go on.")
-    result.add_argument("--prepared", help="prepared data; default <artifacts>/prepared")
-    result.add_argument("--negatives", help="mined negatives; default <artifacts>/negatives")
-    result.add_argument("--out", help="run folder; default <artifacts>/runs/<method>")
+    result.add_argument("--prepared", type=store.absolute, help="prepared data; default <artifacts>/prepared")
+    result.add_argument("--negatives", type=store.absolute, help="mined negatives; default <artifacts>/negatives")
+    result.add_argument("--out", type=store.absolute, help="run folder; default <artifacts>/runs/<method>")
     return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from typing import Any
@@ -25,14 +26,17 @@ def connect(config: Cluster) -> None:
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
         ray.init(
-            address=address,
+            address=address or "local",  # with None, Ray joins whatever cluster this machine happens to run
             num_cpus=None if address else config.local_cpus,
             logging_level=logging.WARNING,
             log_to_driver=False,
         )
-    for name in ("ray.data", "ray.train", "ray.tune"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     prepare_ray_data()
+    import ray.train
+    import ray.tune
+
+    for name in ("ray.data", "ray.train", "ray.tune"):  # after the imports, which set these levels themselves
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def prepare_ray_data() -> Any:
@@ -48,16 +52,25 @@ def prepare_ray_data() -> Any:
 def require(what: str, *, cpus: float, gpus: float = 0, wait_s: float) -> None:
     """Waits until the cluster as a whole has that much. Raises: PlacementError with both numbers after `wait_s`.
 
-    Counts resources that exist, taken or free, so that a busy cluster queues a job and a small one refuses it.
+    Counts resources that exist, taken or free, so that a busy cluster queues a job and a small one refuses it. An
+    autoscaler is asked for what is missing.
     """
     import ray
+    from ray.autoscaler.sdk import request_resources
 
     deadline = time.monotonic() + wait_s
+    asked = False
     while True:
         have = ray.cluster_resources()
         if have.get("CPU", 0) >= cpus and have.get("GPU", 0) >= gpus:
+            if asked:
+                request_resources(bundles=[])  # a request stands until it is replaced
             return
+        if not asked:
+            request_resources(bundles=[{"CPU": 1}] * math.ceil(cpus) + [{"GPU": 1}] * math.ceil(gpus))
+            asked = True
         if time.monotonic() >= deadline:
+            request_resources(bundles=[])
             raise PlacementError(
                 f"{what} needs {cpus:g} CPUs and {gpus:g} GPUs, the cluster has {have.get('CPU', 0):g} and "
                 f"{have.get('GPU', 0):g} after {wait_s:g} s; add nodes, ask for less, or raise cluster.local_cpus"

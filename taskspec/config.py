@@ -318,8 +318,12 @@ class Contract(Section):
                 continue
             if field == "tasks":
                 names_a, names_b = {t.name: t for t in a}, {t.name: t for t in b}
-                task = next(n for n in [*names_a, *names_b] if names_a.get(n) != names_b.get(n))
-                field, a, b = f"tasks.{task}", names_a.get(task), names_b.get(task)
+                other_names = [n for n in [*names_a, *names_b] if names_a.get(n) != names_b.get(n)]
+                if other_names:
+                    name = other_names[0]
+                    field, a, b = f"tasks.{name}", names_a.get(name), names_b.get(name)
+                else:
+                    field, a, b = "order of tasks", ", ".join(names_a), ", ".join(names_b)
             raise ContractError(
                 f"{mine} has contract {self.fingerprint[:12]}, {theirs} has {other.fingerprint[:12]}: "
                 f"{field} differs ({_short(a)} against {_short(b)}); {way_out}"

@@ -8,6 +8,7 @@ the usual AWS_* variables (AWS_ENDPOINT_URL for other S3 servers).
 from __future__ import annotations
 
 import datetime
+import errno
 import fnmatch
 import hashlib
 import io
@@ -27,11 +28,18 @@ from taskspec.config import canonical_sha256
 from taskspec.errors import ArtifactError, StoreError
 
 MANIFEST = "manifest.json"
+_MARKER = ".publishing"
+"""Object that stands in a prefix on S3 while an artifact is written there."""
 FORMAT_VERSION = 1
 
 
 def is_s3(uri: str) -> bool:
     return uri.startswith("s3://")
+
+
+def absolute(uri: str) -> str:
+    """A local path from the root on, so that processes with another working folder find it; S3 URIs as they are."""
+    return uri if is_s3(uri) else os.path.abspath(uri)
 
 
 def join(uri: str, *parts: str) -> str:
@@ -52,6 +60,11 @@ def _split(uri: str) -> tuple[str, str]:
     if not bucket:
         raise StoreError(f"{uri}: has no bucket; S3 URIs look like s3://bucket/key")
     return bucket, key
+
+
+def _place(uri: str) -> dict[str, str]:
+    bucket, key = _split(uri)
+    return {"Bucket": bucket, "Key": key}
 
 
 @contextmanager
@@ -84,22 +97,28 @@ def open_input(uri: str) -> IO[bytes]:
             if _is_missing(error):
                 raise FileNotFoundError(uri) from error
             raise
-        return io.BufferedReader(_S3Stream(body), buffer_size=1 << 20)
+        return io.BufferedReader(_S3Stream(uri, body), buffer_size=1 << 20)
 
 
 class _S3Stream(io.RawIOBase):
     """botocore's body as a raw stream that BufferedReader and gzip can read."""
 
-    def __init__(self, body: Any) -> None:
+    def __init__(self, uri: str, body: Any) -> None:
+        self._uri = uri
         self._body = body
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        data = self._body.read(len(buffer))
+        with _named(self._uri, "read"):
+            data = self._body.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
+
+    def close(self) -> None:
+        self._body.close()
+        super().close()
 
 
 def read_bytes(uri: str) -> bytes:
@@ -160,25 +179,36 @@ def expand(uri: str) -> list[str]:
     if "*" not in pattern:
         if not exists(uri):
             raise StoreError(f"{uri}: does not exist")
+        if not is_s3(uri) and Path(uri).is_dir():
+            raise StoreError(f"{uri}: is a folder; name its files, such as {join(uri, '*.jsonl')}")
         return [uri]
-    depth = folder.count("/") if folder else 0
-    found = [
-        name
-        for name in list_files(folder or ".")
-        if fnmatch.fnmatch(name.rpartition("/")[2], pattern) and (name.count("/") == depth + 1 or not folder)
-    ]
+    if is_s3(uri):
+        names = (name.rpartition("/") for name in list_files(folder))
+        found = [join(parent, name) for parent, _, name in names if parent == folder and fnmatch.fnmatch(name, pattern)]
+    else:
+        root = Path(folder or ("/" if uri.startswith("/") else "."))
+        found = sorted(str(path) for path in root.glob(pattern) if path.is_file())
     if not found:
         raise StoreError(f"{uri}: names no file")
     return found
+
+
+def fingerprint(uri: str) -> str:
+    """What tells one content of a file from another: its sha256, on S3 its ETag and size. Raises: StoreError."""
+    with _named(uri, "read"):
+        if not is_s3(uri):
+            return f"sha256:{file_sha256(uri)}"
+        head = _s3().head_object(**_place(uri))
+        etag = head["ETag"].strip('"')
+        return f"etag:{etag}:{head['ContentLength']}"
 
 
 def remove(uri: str) -> None:
     """Removes a folder with all that is in it, its manifest first: a half-removed artifact is none."""
     with _named(uri, "removed"):
         if is_s3(uri):
-            bucket, _ = _split(uri)
             for name in sorted(list_files(uri), key=lambda name: not name.endswith("/" + MANIFEST)):
-                _s3().delete_object(Bucket=bucket, Key=_split(name)[1])
+                _s3().delete_object(**_place(name))
         elif Path(uri).exists():
             (Path(uri) / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(uri)
@@ -272,17 +302,24 @@ def publishing(
 ) -> Iterator[Path]:
     """Gives a local folder to write into; on leaving without an error the folder becomes the artifact at `uri`.
 
-    `facts` is read on leaving, so the writer may fill it. An error inside leaves nothing behind, and an artifact
-    that stood at `uri` before stays until the new one is complete.
-    Raises: StoreError, e.g. when the disk is full.
+    `facts` is read on leaving, so the writer may fill it. An error inside leaves nothing behind. An artifact that stood
+    at `uri` before is replaced: on a file system once the new one is complete, on S3 it goes when uploading begins.
+    Raises: StoreError when the disk is full, or when something that is no artifact stands at `uri`.
     """
+    _require_replaceable(uri)
     parent = None if is_s3(uri) else Path(uri).absolute().parent
     with _named(uri, "written"):
         if parent is not None:
             parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".publishing-", dir=parent))
     try:
-        yield work
+        try:
+            yield work
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StoreError(f"{uri}: cannot be written: {error}") from error
+            raise
+        _require_replaceable(uri)
         with _named(uri, "written"):
             names = sorted(str(path.relative_to(work)) for path in work.rglob("*") if path.is_file())
             manifest = Manifest(
@@ -297,10 +334,7 @@ def publishing(
             text = json.dumps(vars(manifest), indent=1, ensure_ascii=False)
             (work / MANIFEST).write_text(text, encoding="utf-8")
             if is_s3(uri):
-                remove(uri)
-                bucket, key = _split(uri)
-                for name in [*names, MANIFEST]:
-                    _s3().upload_file(str(work / name), bucket, f"{key.rstrip('/')}/{name}")
+                _upload(work, uri, names)
             else:
                 os.chmod(work, 0o755)
                 old = work.with_name(f"{work.name}-old")
@@ -310,6 +344,33 @@ def publishing(
                 shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _require_replaceable(uri: str) -> None:
+    """Guards a folder that is no artifact, a home folder say, from being replaced by one."""
+    if is_s3(uri):
+        bucket, key = _split(join(uri, ""))
+        with _named(uri, "listed"):
+            count = _s3().list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)["KeyCount"]
+        free = not count or exists(join(uri, MANIFEST)) or exists(join(uri, _MARKER))
+    else:
+        path = Path(uri)
+        free = not path.exists() or (path / MANIFEST).exists() or (path.is_dir() and not any(path.iterdir()))
+    if not free:
+        raise StoreError(f"{uri}: stands already and is no artifact; remove it or name another place")
+
+
+def _upload(work: Path, uri: str, names: list[str]) -> None:
+    """Puts an artifact on S3, its manifest last; the marker lets the next try replace a broken one."""
+    write_bytes(join(uri, _MARKER), b"")
+    stale = list_files(uri)
+    if join(uri, MANIFEST) in stale:
+        _s3().delete_object(**_place(join(uri, MANIFEST)))
+    current = [join(uri, name) for name in [*names, MANIFEST]]
+    for name, target in zip([*names, MANIFEST], current, strict=True):
+        _s3().upload_file(str(work / name), *_split(target))
+    for old in set(stale).difference(current):
+        _s3().delete_object(**_place(old))
 
 
 def read_manifest(uri: str, kind: str) -> Manifest:
@@ -359,12 +420,11 @@ def cache_folder() -> Path:
 def _fetch(uri: str, manifest: Manifest, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=".fetching-", dir=folder.parent))
-    bucket, key = _split(uri)
     try:
         with _named(uri, "read"):
             for name, sha256 in manifest.files.items():
                 (work / name).parent.mkdir(parents=True, exist_ok=True)
-                _s3().download_file(bucket, f"{key.rstrip('/')}/{name}", str(work / name))
+                _s3().download_file(*_split(join(uri, name)), str(work / name))
                 if file_sha256(work / name) != sha256:
                     raise ArtifactError(f"{uri}: {name} is not the file in the manifest (sha256); publish it again")
             (work / MANIFEST).write_bytes(read_bytes(join(uri, MANIFEST)))

@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from taskspec.negatives.bm25 import mine_bm25
 
 from taskspec.config import Config, parse_config
 from taskspec.data.batches import BatchMaker, GivenNegatives
 from taskspec.data.plan import Plan
 from taskspec.data.prepared import PreparedData
 from taskspec.model.encoder import build_encoder, text_tokenizer
+from taskspec.negatives.bm25 import mine_bm25
 from taskspec.train.step import Trainer
 
 STEPS = 3

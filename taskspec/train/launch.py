@@ -106,7 +106,7 @@ def train(job: TrainJob) -> Run:
     )
     run = start_run(job)
     if run.finished:
-        print(f"{job.run}: is finished already", flush=True)
+        print(f"{job.run}: {run.last} is its last checkpoint, nothing is left to train", flush=True)
         return run
     stop = threading.Event()
     progress = threading.Thread(target=_show_progress, args=(job, stop), daemon=True)
@@ -151,7 +151,8 @@ def _translate(error: Exception) -> TaskspecError:
         if isinstance(inner, TaskspecError):
             return inner
     first = next(iter(causes.values()), error)
-    return TrainingError(f"training failed: {str(first).strip().splitlines()[-1]}")
+    last_line = (str(first).strip() or repr(first)).splitlines()[-1]
+    return TrainingError(f"training failed more than train.max_failures times, the last time with: {last_line}")
 
 
 def _worker(settings: dict[str, Any]) -> None:

@@ -1,0 +1,282 @@
+"""Prepared passages and a checkpoint to an index artifact: embedded on Ray Data, one FAISS shard after another.
+
+Path: prepared data, checkpoint → [here] → retriever.  N passages of a block, D the embedding's dimension. Embedding
+runs on the cluster; embeddings come back in row order to this process, which holds one shard at a time.
+
+Resuming: a finished shard is published beside the target as `<out>-shards/shard-00000`, with the contract, the prepared
+data and the rows that it was made from; a later run takes it as it is and embeds only what is missing. When the index
+is published whole, the shards beside it are removed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from taskspec import cluster, store
+from taskspec.config import Config, Contract
+from taskspec.data.prepared import PreparedData
+from taskspec.data.rows import RowStore
+from taskspec.errors import ArtifactError, ConfigError
+from taskspec.index.embed import EmbedPassages
+from taskspec.index.manifest import KIND, PASSAGE_COLUMNS, PASSAGES_FILE, IndexManifest, ShardFile
+from taskspec.index.shard import Shard
+from taskspec.train import checkpoint as checkpoints
+
+SHARD_KIND = "index-shard"
+SHARD_FILE = "shard.faiss"
+BATCHES_PER_BLOCK = 4
+"""Batches of one Ray Data block: enough to hide a task's overhead, few enough to keep every actor busy."""
+PROGRESS_S = 5.0
+"""Seconds between two lines of progress."""
+COPIED_ROWS = 16_384
+"""Passages in memory at a time while the text store is written."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an index is built from."""
+
+    config: Config
+    checkpoint: store.Artifact
+    contract: Contract
+    prepared: PreparedData
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        return {"checkpoint": self.checkpoint.id, "prepared": self.prepared.id}
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    """The rows of one shard, and where it lies when it is finished."""
+
+    uri: str
+    row_start: int
+    rows: int
+
+    def key(self, source: Source) -> dict[str, str | int]:
+        """What decides the shard's content: a finished one with the same key need not be built again."""
+        return {
+            "fingerprint": source.contract.fingerprint,
+            "prepared": source.prepared.id,
+            "row_start": self.row_start,
+            "rows": self.rows,
+        }
+
+    def finished(self, source: Source) -> store.Artifact | None:
+        """The shard, if it has been published whole from the same source."""
+        try:
+            artifact = store.open_artifact(self.uri, SHARD_KIND, verify=True)
+        except ArtifactError:
+            return None
+        return artifact if self.key(source).items() <= artifact.manifest.facts.items() else None
+
+
+def plan_shards(out: str, passages: int, shards: int) -> list[PlannedShard]:
+    """Cuts the rows into runs whose lengths differ by one at most."""
+    cuts = [number * passages // shards for number in range(shards + 1)]
+    return [
+        PlannedShard(
+            store.join(_shards_folder(out), f"shard-{number:05d}"), cuts[number], cuts[number + 1] - cuts[number]
+        )
+        for number in range(shards)
+    ]
+
+
+def _shards_folder(out: str) -> str:
+    return f"{out.rstrip('/')}-shards"
+
+
+def build_index(config: Config, checkpoint: str, prepared: str, out: str) -> IndexManifest:
+    """Embeds prepared passages by a checkpoint and publishes their index at `out`. Ray must be connected.
+
+    An index of the same contract, passages and shards that stands there is left as it is.
+    Raises: ArtifactError, ConfigError, PlacementError, StoreError.
+    """
+    opened = store.open_artifact(checkpoint, checkpoints.KIND, verify=True)  # fails here rather than in an actor
+    contract = Contract.model_validate(opened.manifest.facts["contract"])
+    source = Source(config, opened, contract, PreparedData.open(prepared))
+    passages = len(source.prepared.passages)
+    if config.index.shards > passages:
+        raise ConfigError(f"index.shards is {config.index.shards} but {prepared} has {passages} passages; ask for less")
+    plan = plan_shards(out, passages, config.index.shards)
+    standing = _standing_index(out, source, plan)
+    if standing is not None:
+        print(f"index: {out} stands already, of the same model, passages and shards", flush=True)
+        return standing
+    started = time.monotonic()
+    missing = [shard for shard in plan if shard.finished(source) is None]
+    if len(missing) < len(plan):
+        print(f"index: {len(plan) - len(missing)} of {len(plan)} shards stand already", flush=True)
+    if missing:
+        _build_shards(source, missing)
+    manifest = _publish(out, source, plan)
+    store.remove(_shards_folder(out))
+    print(f"index: {passages:,} passages in {len(plan)} shards, {time.monotonic() - started:.0f} s", flush=True)
+    return manifest
+
+
+def _standing_index(out: str, source: Source, plan: Sequence[PlannedShard]) -> IndexManifest | None:
+    try:
+        # Opening one on S3 would fetch all of it; locally it finds a file that was removed.
+        stored = store.read_manifest(out, KIND) if store.is_s3(out) else store.open_artifact(out, KIND).manifest
+        manifest = IndexManifest.of(out, stored)
+    except ArtifactError:
+        return None
+    wanted = [shard.key(source) for shard in plan]
+    stands = [
+        {
+            "fingerprint": manifest.fingerprint,
+            "prepared": manifest.prepared,
+            "row_start": shard.row_start,
+            "rows": shard.rows,
+        }
+        for shard in manifest.shards
+    ]
+    return manifest if stands == wanted else None
+
+
+def _build_shards(source: Source, missing: Sequence[PlannedShard]) -> None:
+    """Embeds the rows of the missing shards in one pass and publishes each shard as soon as it is full."""
+    actors = source.config.index.actors
+    cluster.require(
+        f"index with {actors} embedding actors and one reading task",
+        cpus=actors + 1,
+        wait_s=source.config.cluster.wait_s,
+    )
+    blocks = _embedded(source, missing)
+    rest_ND = np.empty((0, source.contract.dimension), dtype=np.float32)
+    for planned in missing:
+        shard = Shard.empty(source.contract.dimension, planned.row_start)
+        while shard.rows < planned.rows:
+            block_ND = rest_ND if len(rest_ND) else next(blocks)
+            wanted = planned.rows - shard.rows
+            shard.add(block_ND[:wanted])
+            rest_ND = block_ND[wanted:]
+        publish_shard(source, planned, shard)
+
+
+def publish_shard(source: Source, planned: PlannedShard, shard: Shard) -> None:
+    """Publishes a finished shard where the next run looks for it."""
+    facts = planned.key(source) | {"max_norm": shard.max_norm}
+    tree = source.config.model_dump(mode="json")
+    with store.publishing(planned.uri, SHARD_KIND, inputs=source.inputs, config=tree, facts=facts) as folder:
+        shard.save(folder / SHARD_FILE)
+
+
+def _embedded(source: Source, missing: Sequence[PlannedShard]) -> Iterator[np.ndarray]:
+    """Embeddings (N, D) of the shards' rows, block after block, in order.
+
+    Raises: ArtifactError if one is not finite.
+    """
+    import ray.data
+
+    cluster.prepare_ray_data()
+    index = source.config.index
+    total = sum(shard.rows for shard in missing)
+    threads = max(1, (os.cpu_count() or 1) // index.actors)  # as if all actors shared one node like this one
+    dataset = (
+        ray.data.range(total, override_num_blocks=-(-total // (BATCHES_PER_BLOCK * index.batch_size)))
+        .map_batches(read_passages, batch_size=None, fn_args=(source.prepared, missing))
+        .map_batches(
+            EmbedPassages,
+            batch_size=index.batch_size,
+            compute=ray.data.ActorPoolStrategy(size=index.actors),
+            fn_constructor_args=(source.checkpoint.uri, threads),
+        )
+    )
+    done, last_done, last_line = 0, 0, time.monotonic()
+    for block in dataset.iter_batches(batch_size=None, batch_format="numpy"):
+        rows_N, embedding_ND = block["row"], block["embedding"]
+        assert np.array_equal(rows_N, global_rows(np.arange(done, done + len(rows_N)), missing)), "blocks are in order"
+        require_finite(rows_N, embedding_ND, source.checkpoint.uri)
+        yield embedding_ND
+        done += len(rows_N)
+        now = time.monotonic()
+        if now - last_line >= PROGRESS_S:
+            rate = (done - last_done) / (now - last_line)
+            print(f"index: {done:,}/{total:,} passages, {rate:,.0f}/s", flush=True)
+            last_done, last_line = done, now
+
+
+def global_rows(positions: np.ndarray, shards: Sequence[PlannedShard]) -> np.ndarray:
+    """Global rows of positions that count through the rows of these shards, one after the other."""
+    first = np.cumsum([0, *(shard.rows for shard in shards[:-1])])
+    number = np.searchsorted(first, positions, side="right") - 1
+    starts = np.array([shard.row_start for shard in shards])
+    return np.asarray(starts[number] + positions - first[number], dtype=np.int64)
+
+
+def require_finite(rows_N: np.ndarray, embedding_ND: np.ndarray, checkpoint: str) -> None:
+    """Raises: ArtifactError naming the first passage whose embedding holds a NaN or an infinity."""
+    finite_N = np.isfinite(embedding_ND).all(axis=1)
+    if not finite_N.all():
+        raise ArtifactError(
+            f"{checkpoint}: embeds passage row {rows_N[~finite_N][0]} as numbers that are not finite; "
+            "train the model again, with a lower train.learning_rate"
+        )
+
+
+def read_passages(
+    batch: dict[str, np.ndarray], prepared: PreparedData, shards: Sequence[PlannedShard]
+) -> dict[str, np.ndarray]:
+    """Ray Data's task: positions under `id` → row, title and text of the passages there."""
+    rows = global_rows(batch["id"], shards)
+    texts = prepared.passages.take(rows, ["title", "text"])
+    return {"row": rows} | {name: np.array(values, dtype=object) for name, values in texts.items()}
+
+
+def _publish(out: str, source: Source, plan: Sequence[PlannedShard]) -> IndexManifest:
+    facts: dict[str, object] = {}
+    tree = source.config.model_dump(mode="json")
+    with store.publishing(out, KIND, inputs=source.inputs, config=tree, facts=facts) as folder:
+        (folder / "shards").mkdir()
+        files = []
+        for number, planned in enumerate(plan):
+            artifact = store.open_artifact(planned.uri, SHARD_KIND)
+            name = f"shards/{number:05d}.faiss"
+            _place(artifact.folder / SHARD_FILE, folder / name)
+            files.append(
+                ShardFile(
+                    file=name,
+                    row_start=planned.row_start,
+                    rows=planned.rows,
+                    sha256=artifact.manifest.files[SHARD_FILE],
+                    max_norm=artifact.manifest.facts["max_norm"],
+                )
+            )
+        passages = RowStore.write(folder / PASSAGES_FILE, _text_tables(source.prepared.passages))
+        manifest = IndexManifest(
+            contract=source.contract,
+            fingerprint=source.contract.fingerprint,
+            prepared=source.prepared.id,
+            factory="Flat",
+            dimension=source.contract.dimension,
+            passages=passages,
+            shards=tuple(files),
+        )
+        facts.update(manifest.model_dump(mode="json"))
+    return manifest
+
+
+def _place(source: Path, target: Path) -> None:
+    """Gives a finished file a second name; copies it where the file system cannot."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _text_tables(passages: RowStore) -> Iterator[pa.Table]:
+    schema = pa.schema([passages.schema.field(name) for name in PASSAGE_COLUMNS])
+    for start in range(0, len(passages), COPIED_ROWS):
+        rows = range(start, min(start + COPIED_ROWS, len(passages)))
+        yield pa.table(passages.take(rows, PASSAGE_COLUMNS), schema=schema)

@@ -1,0 +1,67 @@
+"""What an index says about itself: the model that embedded it, its shards, and whether a checkpoint may search it.
+
+Path: build → [here] → retriever, serving.  A typed view of the facts in the artifact's manifest; no file of a shard is
+opened here.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import ValidationError
+
+from taskspec import store
+from taskspec.config import Contract, Section
+from taskspec.errors import ArtifactError
+
+KIND = "index"
+PASSAGES_FILE = "passages.arrow"
+"""The text store: a RowStore whose row numbers are the shards' rows."""
+PASSAGE_COLUMNS = ("passage_id", "page_row", "wikipedia_id", "title", "text")
+
+
+class ShardFile(Section):
+    """One shard: the embeddings of rows row_start … row_start + rows − 1."""
+
+    file: str
+    """Path inside the artifact."""
+    row_start: int
+    rows: int
+    sha256: str
+    max_norm: float
+    """Length of its longest embedding, which bounds the rounding of its scores."""
+
+
+class IndexManifest(Section):
+    """The facts of an index artifact."""
+
+    contract: Contract
+    """Of the checkpoint that embedded the passages, in full, so that a difference can be named."""
+    fingerprint: str
+    """The contract's."""
+    prepared: str
+    """Id of the prepared data that the passages came from."""
+    factory: Literal["Flat"]
+    """FAISS's name of the shards' kind: Flat is exact."""
+    dimension: int
+    passages: int
+    shards: tuple[ShardFile, ...]
+
+    @classmethod
+    def of(cls, uri: str, manifest: store.Manifest) -> Self:
+        """Raises: ArtifactError naming the fact that is not as it should be."""
+        try:
+            return cls.model_validate(manifest.facts)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"])
+            raise ArtifactError(f"{uri}: fact {name} of the index: {first['msg']}; build the index again") from error
+
+    def require_built_by(self, contract: Contract, checkpoint: str, index: str) -> None:
+        """Raises: ContractError naming the first field in which the checkpoint's contract differs from the index's."""
+        contract.require_same(
+            self.contract,
+            f"checkpoint {checkpoint}",
+            f"index {index}",
+            f"build the index again with: python -m jobs.index --config … --checkpoint {checkpoint} --out {index}",
+        )

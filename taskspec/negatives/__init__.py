@@ -1,0 +1,1 @@
+"""Lexical and mined negatives."""

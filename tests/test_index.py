@@ -1,0 +1,239 @@
+"""The index job: passages embedded in order, cut into shards, resumed shard by shard, published whole."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import index as job
+from taskspec import store
+from taskspec.config import Config, Contract, load_config
+from taskspec.data.prepared import KIND as PREPARED_KIND
+from taskspec.data.prepared import PASSAGE_SCHEMA, PreparedData
+from taskspec.data.rows import RowStore
+from taskspec.errors import ArtifactError, ConfigError, PlacementError
+from taskspec.index import build
+from taskspec.index.embed import EmbedPassages
+from taskspec.index.manifest import KIND, PASSAGE_COLUMNS, PASSAGES_FILE, IndexManifest
+from taskspec.index.shard import Shard
+from taskspec.model.encoder import build_encoder
+from taskspec.retrieve.retriever import Retriever
+from taskspec.train.checkpoint import open_encoder, publish_checkpoint
+
+CONFIG = """
+name: tiny
+artifacts: {folder}
+tasks: [{{name: nq}}, {{name: fever}}]
+model: {{scratch: {{vocabulary: 300, width: 16, layers: 1, heads: 2}}}}
+index: {{shards: 3, batch_size: 16}}
+"""
+PASSAGES = 200
+
+
+def passage_texts() -> list[str]:
+    """Lengths from 1 to 39 words, so that batches sorted by length come out in another order than they went in."""
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("aeioumnrst"), 4)) for _ in range(120)]
+    return [" ".join(rng.choice(words, rng.integers(1, 40))) for _ in range(PASSAGES)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Configuration, prepared data and a checkpoint."""
+    folder = tmp_path_factory.mktemp("index")
+    (folder / "tiny.yaml").write_text(CONFIG.format(folder=folder), encoding="utf-8")
+    rows = [
+        {
+            "row_id": row,
+            "passage_id": f"{row // 2}:{row % 2}",
+            "page_row": row // 2,
+            "wikipedia_id": str(row // 2),
+            "title": f"page {row // 2}",
+            "text": text,
+            "start_paragraph": 0,
+            "end_paragraph": 0,
+        }
+        for row, text in enumerate(passage_texts())
+    ]
+    prepared = str(folder / "prepared")
+    with store.publishing(prepared, PREPARED_KIND, inputs={}, config={}, facts={"queries": {}}) as work:
+        (work / "passages").mkdir()
+        pq.write_table(pa.Table.from_pylist(rows, schema=PASSAGE_SCHEMA), work / "passages" / "0.parquet")
+    config = load_config(folder / "tiny.yaml")
+    encoder, tokenizer = build_encoder(config.model, passage_texts(), seed=0)
+    publish_checkpoint(
+        str(folder / "checkpoint"), config, encoder, tokenizer, step=0, state={}, inputs={}, dev_accuracy={}
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(folder: Path) -> Config:
+    return load_config(folder / "tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def built(folder: Path, ray_cluster: None) -> dict[str, Any]:
+    """What `python -m jobs.index` answers for its default places."""
+    return job.run(["--config", str(folder / "tiny.yaml"), "--checkpoint", str(folder / "checkpoint")])
+
+
+def embeddings(folder: Path) -> np.ndarray:
+    texts = passage_texts()
+    return open_encoder(str(folder / "checkpoint")).embed_passages(
+        [f"page {row // 2}" for row in range(PASSAGES)], texts
+    )
+
+
+def stored(index: str) -> np.ndarray:
+    """The embeddings in an index's shards, one after the other."""
+    artifact = store.open_artifact(index, KIND, verify=True)
+    manifest = IndexManifest.of(index, artifact.manifest)
+    parts = []
+    for shard in manifest.shards:
+        loaded = Shard.load(artifact.folder / shard.file, shard.row_start, shard.max_norm)
+        parts.append(loaded.index.reconstruct_n(0, loaded.rows))
+    return np.concatenate(parts)
+
+
+def test_the_job_answers_with_what_it_built(folder: Path, built: dict[str, Any]) -> None:
+    contract = open_encoder(str(folder / "checkpoint")).contract
+    assert built == {
+        "uri": str(folder / "index"),
+        "passages": PASSAGES,
+        "shards": 3,
+        "dimension": 16,
+        "fingerprint": contract.fingerprint,
+    }
+    artifact = store.open_artifact(built["uri"], KIND)
+    manifest = IndexManifest.of(built["uri"], artifact.manifest)
+    assert manifest.contract == contract
+    assert manifest.prepared == PreparedData.open(str(folder / "prepared")).id == artifact.manifest.inputs["prepared"]
+    assert [(shard.row_start, shard.rows) for shard in manifest.shards] == [(0, 66), (66, 67), (133, 67)]
+    assert [artifact.manifest.files[shard.file] for shard in manifest.shards] == [s.sha256 for s in manifest.shards]
+
+
+def test_every_row_holds_its_own_passage_s_embedding(folder: Path, built: dict[str, Any]) -> None:
+    np.testing.assert_allclose(stored(built["uri"]), embeddings(folder), rtol=0, atol=1e-5)
+
+
+def test_the_text_store_holds_the_prepared_passages(folder: Path, built: dict[str, Any]) -> None:
+    texts = RowStore(Path(built["uri"]) / PASSAGES_FILE)
+    prepared = PreparedData.open(str(folder / "prepared")).passages
+    assert texts.schema.names == list(PASSAGE_COLUMNS)
+    assert texts.take(range(PASSAGES), PASSAGE_COLUMNS) == prepared.take(range(PASSAGES), PASSAGE_COLUMNS)
+
+
+def test_a_retriever_opens_what_the_job_built(folder: Path, built: dict[str, Any]) -> None:
+    retriever = Retriever.open(str(folder / "checkpoint"), built["uri"])
+    hits = retriever.search([passage_texts()[7]], "nq", top_k=PASSAGES, level="passage")[0]
+    assert len(hits) == PASSAGES
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+
+
+def test_an_index_that_stands_is_left_as_it_is(
+    folder: Path, config: Config, built: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (Path(built["uri"]) / store.MANIFEST).read_bytes()
+    build.build_index(config, str(folder / "checkpoint"), str(folder / "prepared"), built["uri"])
+    assert "stands already" in capsys.readouterr().out
+    assert (Path(built["uri"]) / store.MANIFEST).read_bytes() == before
+    assert not Path(f"{built['uri']}-shards").exists()
+
+
+def test_a_broken_build_goes_on_with_the_shards_that_are_missing(
+    folder: Path, config: Config, built: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The index lacks a file; of its shards 0 and 2 are finished, 1 is damaged: only rows 66 to 132 are embedded."""
+    out = str(folder / "again")
+    shutil.copytree(built["uri"], out)
+    (folder / "again" / "shards" / "00000.faiss").unlink()
+    opened = store.open_artifact(str(folder / "checkpoint"), "checkpoint")
+    source = build.Source(
+        config,
+        opened,
+        Contract.model_validate(opened.manifest.facts["contract"]),
+        PreparedData.open(str(folder / "prepared")),
+    )
+    plan = build.plan_shards(out, PASSAGES, 3)
+    whole_ND = stored(built["uri"])
+    for planned in plan:
+        build.publish_shard(source, planned, _shard(planned, whole_ND))
+    damaged = Path(plan[1].uri) / build.SHARD_FILE
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\0")
+    embedded: list[build.PlannedShard] = []
+
+    def embed(source: build.Source, missing: Sequence[build.PlannedShard]) -> Any:
+        embedded.extend(missing)
+        return original(source, missing)
+
+    original = build._embedded
+    monkeypatch.setattr(build, "_embedded", embed)
+    build.build_index(config, str(folder / "checkpoint"), str(folder / "prepared"), out)
+    assert embedded == [plan[1]]
+    np.testing.assert_allclose(stored(out), whole_ND, rtol=0, atol=1e-5)
+    assert not Path(f"{out}-shards").exists()
+
+
+def _shard(planned: build.PlannedShard, whole_ND: np.ndarray) -> Shard:
+    shard = Shard.empty(whole_ND.shape[1], planned.row_start)
+    shard.add(whole_ND[planned.row_start : planned.row_start + planned.rows])
+    return shard
+
+
+def test_a_shard_of_another_model_is_not_taken(folder: Path, config: Config) -> None:
+    opened = store.open_artifact(str(folder / "checkpoint"), "checkpoint")
+    contract = Contract.model_validate(opened.manifest.facts["contract"])
+    source = build.Source(config, opened, contract, PreparedData.open(str(folder / "prepared")))
+    planned = build.PlannedShard(str(folder / "one-shard"), 0, 5)
+    build.publish_shard(source, planned, _shard(planned, np.ones((5, 16), dtype=np.float32)))
+    assert planned.finished(source) is not None
+    assert planned.finished(replace(source, contract=contract.model_copy(update={"weights": "other"}))) is None
+    assert replace(planned, rows=4).finished(source) is None
+
+
+def test_rows_are_cut_into_even_runs() -> None:
+    plan = build.plan_shards("s3://bucket/index/", 10, 4)
+    assert [(shard.row_start, shard.rows) for shard in plan] == [(0, 2), (2, 3), (5, 2), (7, 3)]
+    assert plan[3].uri == "s3://bucket/index-shards/shard-00003"
+
+
+def test_positions_count_through_the_missing_rows() -> None:
+    missing = [build.PlannedShard("a", 10, 2), build.PlannedShard("b", 100, 3)]
+    assert build.global_rows(np.arange(5), missing).tolist() == [10, 11, 100, 101, 102]
+
+
+def test_passages_come_out_as_they_went_in(folder: Path) -> None:
+    embed = EmbedPassages(str(folder / "checkpoint"), threads=1)
+    texts = passage_texts()[:9]
+    titles = ["page 0"] * 9
+    batch = {"row": np.arange(9), "title": np.array(titles, dtype=object), "text": np.array(texts, dtype=object)}
+    result = embed(batch)
+    assert result["row"].tolist() == list(range(9))
+    assert result["embedding"].dtype == np.float32
+    np.testing.assert_allclose(result["embedding"], embeddings(folder)[:9], rtol=0, atol=1e-5)
+
+
+def test_embeddings_that_are_not_finite_are_refused() -> None:
+    embedding_ND = np.ones((3, 2), dtype=np.float32)
+    embedding_ND[1, 0] = np.nan
+    with pytest.raises(ArtifactError, match="some/model: embeds passage row 7 as numbers that are not finite"):
+        build.require_finite(np.array([6, 7, 8]), embedding_ND, "some/model")
+
+
+def test_more_shards_than_passages_are_refused(folder: Path) -> None:
+    config = load_config(folder / "tiny.yaml", ["index.shards=201"])
+    with pytest.raises(ConfigError, match=r"index.shards is 201 but .*prepared has 200 passages; ask for less"):
+        build.build_index(config, str(folder / "checkpoint"), str(folder / "prepared"), str(folder / "none"))
+
+
+def test_a_cluster_that_is_too_small_is_told_what_is_needed(folder: Path, ray_cluster: None) -> None:
+    config = load_config(folder / "tiny.yaml", ["index.actors=40", "cluster.wait_s=0"])
+    with pytest.raises(PlacementError, match=r"index with 40 embedding actors and one reading task needs 41 CPUs"):
+        build.build_index(config, str(folder / "checkpoint"), str(folder / "prepared"), str(folder / "none"))

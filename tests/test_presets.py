@@ -1,0 +1,78 @@
+"""The configurations that ship: each loads, and the published setting holds the published numbers."""
+
+import pytest
+
+from taskspec.config import Config, load_config, presets_folder
+
+PRESETS = sorted(path.stem for path in presets_folder().glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def kilt() -> Config:
+    return load_config("kilt")
+
+
+def test_the_presets_are_these() -> None:
+    assert PRESETS == ["kilt", "own-tasks", "quickstart"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_loads_and_its_tasks_have_files(name: str) -> None:
+    config = load_config(name)
+    assert config.data.knowledge_source
+    assert all(task.train and task.dev for task in config.tasks)
+    # At least two queries of every task are in a step.
+    assert config.mixing.queries_per_step >= 2 * len(config.tasks)
+
+
+def test_kilt_has_the_eight_tasks_in_kilts_own_files(kilt: Config) -> None:
+    assert {task.name for task in kilt.tasks} == {
+        "aidayago2",
+        "fever",
+        "hotpotqa",
+        "nq",
+        "structured_zeroshot",
+        "trex",
+        "triviaqa",
+        "wow",
+    }
+    for task in kilt.tasks:
+        assert task.train == (f"data/kilt/{task.name}-train-kilt.jsonl",)
+        assert task.dev == (f"data/kilt/{task.name}-dev-kilt.jsonl",)
+    assert kilt.data.knowledge_source == ("data/kilt/kilt_knowledgesource.json",)
+
+
+def test_kilt_has_the_published_lengths(kilt: Config) -> None:
+    longer = {"wow": 256, "aidayago2": 128, "fever": 64}
+    assert {task.name: task.max_query_tokens for task in kilt.tasks if task.max_query_tokens != 32} == longer
+    assert {task.name: task.keep for task in kilt.tasks if task.keep != "beginning"} == {
+        "wow": "end",
+        "aidayago2": "mention",
+    }
+    assert kilt.model.max_passage_tokens == 160
+    assert kilt.data.passage_words == 100
+
+
+def test_kilt_has_the_published_prompts(kilt: Config) -> None:
+    assert kilt.prompts.query == "{prompt} <extra_id_1> {text}"
+    assert kilt.prompts.passage == "Title: {title} Text: {text}"
+    assert {task.name: task.prompt for task in kilt.tasks} == {
+        "aidayago2": "AIDA",
+        "fever": "FEVER",
+        "hotpotqa": "HOPO",
+        "nq": "NQ",
+        "structured_zeroshot": "ZSRE",
+        "trex": "TREX",
+        "triviaqa": "TQA",
+        "wow": "WOW",
+    }
+
+
+def test_kilt_has_the_published_encoder_and_training(kilt: Config) -> None:
+    assert (kilt.model.source, kilt.model.pooling, kilt.model.similarity) == ("google-t5/t5-base", "first", "dot")
+    assert kilt.contrastive.negatives == 2
+    assert kilt.contrastive.temperature == 1
+    assert kilt.mixing.temperature == 4
+    assert (kilt.specialization.strength, kilt.specialization.decay) == (0.5, 0.999)
+    assert kilt.train.learning_rate == 1e-5
+    assert (kilt.train.lr_warmup, kilt.train.clip_norm) == (0.1, 1.0)

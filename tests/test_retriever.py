@@ -1,0 +1,163 @@
+"""The retriever over a real text store and real shards, with an encoder of one-hot words."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from taskspec import store
+from taskspec.config import Contract, ContractTask, Prompts
+from taskspec.data.rows import RowStore
+from taskspec.errors import ArtifactError, ContractError, RequestError
+from taskspec.index.manifest import IndexManifest, ShardFile
+from taskspec.index.shard import Shard
+from taskspec.retrieve.retriever import Hit, Retriever
+
+WORDS = ("moon", "ice", "ring", "dust")
+PASSAGES = (  # passage id, page row, title, text
+    ("10:0", 0, "Europa", "moon ice"),
+    ("10:1", 0, "Europa", "ice"),
+    ("20:0", 1, "Saturn", "ring ice dust"),
+    ("30:0", 2, "Phobos", "moon dust"),
+    ("30:1", 2, "Phobos", "dust"),
+)
+
+
+def contract(**changes: object) -> Contract:
+    tasks = tuple(ContractTask(name=n, prompt=n, max_query_tokens=8, keep="beginning") for n in ("nq", "fever"))
+    whole = Contract(
+        name="words",
+        weights="0" * 64,
+        tasks=tasks,
+        prompts=Prompts(),
+        pooling="mean",
+        similarity="dot",
+        max_passage_tokens=16,
+        dimension=len(WORDS),
+    )
+    return whole.model_copy(update=changes)
+
+
+class WordEncoder:
+    """One dimension per word; texts of more than three words count as cut."""
+
+    contract = contract()
+
+    def embed_queries(self, task: str, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        return embed(texts), np.array([len(text.split()) > 3 for text in texts])
+
+
+def embed(texts: Sequence[str]) -> np.ndarray:
+    return np.array([[text.split().count(word) for word in WORDS] for text in texts], dtype=np.float32)
+
+
+@pytest.fixture(params=[1, 2, 5], ids=lambda count: f"{count} shards")
+def retriever(request: pytest.FixtureRequest, tmp_path: Path) -> Retriever:
+    columns = [list(column) for column in zip(*PASSAGES, strict=True)]
+    wikipedia_ids = [name.partition(":")[0] for name in columns[0]]
+    table = pa.table(
+        {
+            "passage_id": columns[0],
+            "page_row": pa.array(columns[1], pa.int64()),
+            "wikipedia_id": wikipedia_ids,
+            "title": columns[2],
+            "text": columns[3],
+        }
+    )
+    RowStore.write(tmp_path / "passages.arrow", [table])
+    shards = []
+    for rows in np.array_split(np.arange(len(PASSAGES)), request.param):
+        shards.append(Shard.empty(len(WORDS), int(rows[0])))
+        shards[-1].add(embed([PASSAGES[row][3] for row in rows]))
+    return Retriever(WordEncoder(), shards, RowStore(tmp_path / "passages.arrow"), "abc")
+
+
+def test_passages_come_best_first_and_ties_by_row(retriever: Retriever) -> None:
+    hits = retriever.search(["ice moon", "dust"], "nq", top_k=4, level="passage")
+    assert [(hit.rank, hit.id, hit.score) for hit in hits[0]] == [
+        (1, "10:0", 2.0),
+        (2, "10:1", 1.0),
+        (3, "20:0", 1.0),
+        (4, "30:0", 1.0),
+    ]
+    assert [hit.id for hit in hits[1]] == ["20:0", "30:0", "30:1", "10:0"]
+
+
+def test_a_page_comes_once_with_its_best_passage(retriever: Retriever) -> None:
+    hits = retriever.search(["ice moon"], "nq", top_k=2, with_text=True)
+    assert hits == [
+        [
+            Hit(1, "10", 2.0, "10", "Europa", "moon ice"),
+            Hit(2, "20", 1.0, "20", "Saturn", "ring ice dust"),
+        ]
+    ]
+
+
+def test_more_than_there_is_gives_all_there_is(retriever: Retriever) -> None:
+    assert [hit.id for hit in retriever.search(["dust"], "nq", top_k=50)[0]] == ["20", "30", "10"]
+    assert len(retriever.search(["dust"], "nq", top_k=50, level="passage")[0]) == len(PASSAGES)
+
+
+def test_text_comes_only_where_asked_for(retriever: Retriever) -> None:
+    assert retriever.search(["ring"], "nq", top_k=1)[0][0].text is None
+
+
+def test_no_queries_no_answers(retriever: Retriever) -> None:
+    assert retriever.search([], "nq") == []
+
+
+def test_requests_that_break_a_rule_are_refused_by_parameter(retriever: Retriever) -> None:
+    for arguments, param, message in [
+        ((["ice"], "trex", 1), "task", "unknown task 'trex'; known: nq, fever"),
+        ((["ice"], "nq", 0), "top_k", "top_k must be at least 1 but is 0"),
+        ((["ice", " \n"], "nq", 1), "query", r"query 1 of 2 \(from 0\) is empty"),
+    ]:
+        with pytest.raises(RequestError, match=message) as caught:
+            retriever.search(*arguments)
+        assert caught.value.param == param
+
+
+def publish(folder: Path, kind: str, facts: dict[str, object]) -> str:
+    uri = str(folder / kind)
+    with store.publishing(uri, kind, inputs={}, config={}, facts=facts):
+        pass
+    return uri
+
+
+def index_facts(of: Contract) -> dict[str, object]:
+    shard = ShardFile(file="shards/00000.faiss", row_start=0, rows=5, sha256="0" * 64, max_norm=1.0)
+    manifest = IndexManifest(
+        contract=of,
+        fingerprint=of.fingerprint,
+        prepared="0" * 64,
+        factory="Flat",
+        dimension=of.dimension,
+        passages=5,
+        shards=(shard,),
+    )
+    return manifest.model_dump(mode="json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": "1" * 64}, "weights differs"),
+        ({"prompts": Prompts(passage="{title} {text}")}, "prompts differs"),
+        ({"tasks": contract().tasks[:1]}, "tasks.fever differs"),
+    ],
+)
+def test_a_checkpoint_of_another_contract_is_refused_by_field(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    checkpoint = publish(tmp_path, "checkpoint", {"contract": contract(**changes).model_dump(mode="json")})
+    index = publish(tmp_path, "index", index_facts(contract()))
+    with pytest.raises(ContractError, match=f"checkpoint .* index .*: {message}.*python -m jobs.index .*--checkpoint"):
+        Retriever.open(checkpoint, index)
+
+
+def test_an_index_whose_facts_are_not_whole_is_refused(tmp_path: Path) -> None:
+    index = publish(tmp_path, "index", index_facts(contract()) | {"shards": [{"file": "a"}]})
+    with pytest.raises(ArtifactError, match=r"fact shards.0.row_start of the index: Field required; build the index"):
+        Retriever.open("unused", index)

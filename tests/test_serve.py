@@ -1,0 +1,343 @@
+"""The HTTP endpoint on a real Ray Serve: answers, batches, errors, and pairs that it refuses to serve."""
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pyarrow as pa
+import pytest
+import ray.serve
+from fastapi import FastAPI, HTTPException
+from fastapi.testclient import TestClient
+from ray.exceptions import ActorDiedError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+
+from serve.app import Api, Refusal, build
+from serve.errors import answer_errors
+from serve.schema import MAX_QUERIES, ServeArgs
+from taskspec import store
+from taskspec.config import Contract, parse_config
+from taskspec.data.rows import RowStore
+from taskspec.index.manifest import KIND, PASSAGES_FILE, IndexManifest, ShardFile
+from taskspec.index.shard import Shard
+from taskspec.model.encoder import build_encoder
+from taskspec.retrieve.retriever import Retriever, index_version
+from taskspec.train.checkpoint import open_encoder, publish_checkpoint
+
+TITLES = ("Ceres", "Europa", "Io", "Phobos", "Titan", "Triton")
+TEXTS = [f"{title} is a small body number {part} far from the sun" for title in TITLES for part in range(2)]
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def publish_index(uri: str, contract: Contract, checkpoint: str) -> None:
+    """Two passages per title, in two shards."""
+    titles = [title for title in TITLES for _ in range(2)]
+    embeddings_ND = open_encoder(checkpoint).embed_passages(titles, TEXTS)
+    facts: dict[str, Any] = {}
+    with store.publishing(uri, KIND, inputs={}, config={}, facts=facts) as folder:
+        files = []
+        for row_start, rows in ((0, 5), (5, 7)):
+            shard = Shard.empty(contract.dimension, row_start)
+            shard.add(embeddings_ND[row_start : row_start + rows])
+            shard.save(folder / f"{row_start}.faiss")
+            file = ShardFile(
+                file=f"{row_start}.faiss", row_start=row_start, rows=rows, sha256="", max_norm=shard.max_norm
+            )
+            files.append(file)
+        table = pa.table(
+            {
+                "passage_id": [f"{row // 2}:{row % 2}" for row in range(len(TEXTS))],
+                "page_row": [row // 2 for row in range(len(TEXTS))],
+                "wikipedia_id": [str(row // 2) for row in range(len(TEXTS))],
+                "title": titles,
+                "text": TEXTS,
+            }
+        )
+        RowStore.write(folder / PASSAGES_FILE, [table])
+        manifest = IndexManifest(
+            contract=contract,
+            fingerprint=contract.fingerprint,
+            prepared="",
+            factory="Flat",
+            dimension=contract.dimension,
+            passages=len(TEXTS),
+            shards=tuple(files),
+        )
+        facts.update(manifest.model_dump(mode="json"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint `checkpoint` with its index `index`, and `other` of other weights."""
+    folder = tmp_path_factory.mktemp("serve")
+    tree = {
+        "name": "tiny",
+        "artifacts": str(folder),
+        "tasks": [{"name": "nq", "max_query_tokens": 24}, {"name": "fever", "max_query_tokens": 24}],
+        "model": {"scratch": {"vocabulary": 200, "width": 16, "layers": 1, "heads": 2}},
+    }
+    config = parse_config(tree, "test")
+    for name, seed in (("checkpoint", 0), ("other", 1)):
+        encoder, tokenizer = build_encoder(config.model, TEXTS, seed)
+        uri = str(folder / name)
+        contract = publish_checkpoint(uri, config, encoder, tokenizer, step=0, state={}, inputs={}, dev_accuracy={})
+        if name == "checkpoint":
+            publish_index(str(folder / "index"), contract, uri)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(folder: Path, ray_cluster: None) -> Iterator[str]:
+    """The server, on a free port of this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    args = ServeArgs(
+        checkpoint=str(folder / "checkpoint"), index=str(folder / "index"), max_batch=8, batch_wait_ms=50, threads=1
+    )
+    ray.serve.start(http_options={"host": "127.0.0.1", "port": port})
+    ray.serve.run(build(args), name="taskspec", route_prefix="/")
+    yield f"http://127.0.0.1:{port}"
+    ray.serve.shutdown()
+
+
+def post(url: str, **body: object) -> httpx.Response:
+    return httpx.post(f"{url}/retrieve", json=body, timeout=30)
+
+
+def test_an_answer_is_the_retriever_s(url: str, folder: Path) -> None:
+    response = post(url, query="which body is Io", task="nq", top_k=3, with_text=True)
+    assert response.status_code == 200, response.text
+    answer = response.json()
+    retriever = Retriever.open(str(folder / "checkpoint"), str(folder / "index"))
+    (expected,) = retriever.search(["which body is Io"], "nq", top_k=3, with_text=True)
+    (data,) = answer["data"]
+    assert data["query"] == "which body is Io"
+    assert data["truncated"] is False
+    assert [(h["rank"], h["id"], h["wikipedia_id"], h["title"], h["text"]) for h in data["hits"]] == [
+        (h.rank, h.id, h.wikipedia_id, h.title, h.text) for h in expected
+    ]
+    assert [h["score"] for h in data["hits"]] == pytest.approx([h.score for h in expected], rel=1e-5)
+    assert (answer["model"], answer["task"]) == ("tiny", "nq")
+    artifact = store.open_artifact(str(folder / "index"), KIND)
+    fingerprint = retriever.contract.fingerprint
+    assert answer["index"] == {"alias": None, "version": index_version(artifact.id), "fingerprint": fingerprint}
+    assert answer["coverage"] == {"full": True, "shards": {"total": 2, "successful": 2, "failed": 0}}
+    assert set(answer["time"]) == {"wait_ms", "embed_ms", "search_ms", "total_ms", "batch_queries"}
+
+
+def test_a_list_of_queries_is_answered_in_order(url: str) -> None:
+    queries = [f"{title} far from the sun" for title in TITLES] * 3  # more than one batch holds
+    together = post(url, query=queries, task="fever", level="passage", top_k=2).json()["data"]
+    assert [data["query"] for data in together] == queries
+    for data in together[:3]:
+        (alone,) = post(url, query=data["query"], task="fever", level="passage", top_k=2).json()["data"]
+        assert [hit["id"] for hit in alone["hits"]] == [hit["id"] for hit in data["hits"]]
+        assert alone["hits"][0]["text"] is None
+
+
+def test_a_query_that_was_cut_says_so(url: str) -> None:
+    (data,) = post(url, query="far from the sun " * 30, task="nq").json()["data"]
+    assert data["truncated"] is True
+
+
+def test_concurrent_requests_share_batches_and_get_their_own_answers(url: str) -> None:
+    async def ask_all() -> list[dict[str, Any]]:
+        async with httpx.AsyncClient(base_url=url, timeout=30) as client:
+            bodies = [{"query": f"number {n}", "task": ("nq", "fever")[n % 2], "top_k": 1 + n % 3} for n in range(24)]
+            responses = await asyncio.gather(*(client.post("/retrieve", json=body) for body in bodies))
+            return [response.json() for response in responses]
+
+    answers = asyncio.run(ask_all())
+    assert max(answer["time"]["batch_queries"] for answer in answers) > 1
+    assert all(answer["time"]["batch_queries"] <= 8 for answer in answers)
+    for number, answer in enumerate(answers):
+        assert answer["data"][0]["query"] == f"number {number}"
+        assert answer["task"] == ("nq", "fever")[number % 2]
+        assert len(answer["data"][0]["hits"]) == 1 + number % 3
+
+
+def test_kilt_lines_are_what_its_evaluation_reads(url: str) -> None:
+    response = post(url, query=["Io", "Titan"], id=["q7", "q8"], task="nq", top_k=6, format="kilt")
+    assert response.headers["content-type"] == "application/x-ndjson", response.text
+    lines = [json.loads(line) for line in response.text.splitlines()]
+    assert [(line["id"], line["input"]) for line in lines] == [("q7", "Io"), ("q8", "Titan")]
+    for line in lines:
+        (output,) = line["output"]
+        assert output["answer"] == ""
+        assert sorted(page["wikipedia_id"] for page in output["provenance"]) == list("012345")
+        scores = [page["score"] for page in output["provenance"]]
+        assert scores == sorted(scores, reverse=True)
+    (without,) = post(url, query="Io", task="nq", top_k=1, format="kilt", with_text=True).text.splitlines()
+    assert set(json.loads(without)) == {"input", "output"}
+    assert set(json.loads(without)["output"][0]["provenance"][0]) == {"wikipedia_id", "title", "score", "text"}
+
+
+GOOD = {"query": "Io", "task": "nq"}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "code", "message"),
+    [
+        (GOOD | {"task": "trex"}, 422, "task", "invalid_task", "unknown task 'trex'; known: nq, fever"),
+        (GOOD | {"query": ["Io", " "]}, 422, "query", "invalid_query", "query 1 of 2 (from 0) is empty"),
+        (GOOD | {"query": []}, 422, "query", "value_error", "query: needs a query, or a list with at least one"),
+        (GOOD | {"query": 5}, 422, "query", "string_type", "query: Input should be a valid string"),
+        (GOOD | {"top_k": 0}, 422, "top_k", "greater_than_equal", "top_k: Input should be greater than or equal to 1"),
+        (GOOD | {"top_k": "5"}, 422, "top_k", "int_type", "top_k: Input should be a valid integer"),
+        (GOOD | {"topk": 5}, 422, "topk", "extra_forbidden", "unknown field topk; known: query, task, top_k"),
+        (GOOD | {"level": "para"}, 422, "level", "literal_error", "level: Input should be 'page' or 'passage'"),
+        ({"query": "Io"}, 422, "task", "missing", "task: Field required"),
+        (
+            GOOD | {"format": "kilt", "level": "passage"},
+            422,
+            "format",
+            "value_error",
+            "format: kilt ranks pages; leave level at page",
+        ),
+        (GOOD | {"id": "1"}, 422, "id", "value_error", "id: is only for format kilt"),
+        (
+            GOOD | {"format": "kilt", "id": ["1", "1"]},
+            422,
+            "id",
+            "value_error",
+            "id: needs one id per query, all distinct: 1 distinct for 1 queries",
+        ),
+        (
+            GOOD | {"query": ["Io"] * (MAX_QUERIES + 1)},
+            413,
+            "query",
+            "too_long",
+            "query has 1001 queries but a request",
+        ),
+    ],
+)
+def test_a_request_that_breaks_a_rule_is_told_which(
+    url: str, body: dict[str, Any], status: int, param: str, code: str, message: str
+) -> None:
+    response = post(url, **body)
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert (error["param"], error["code"]) == (param, code)
+    assert error["type"] == {422: "invalid_request", 413: "too_large"}[status]
+    assert error["message"].startswith(message)
+    assert response.json()["request_id"] == response.headers["x-request-id"] != ""
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content", "status", "type_", "message"),
+    [
+        ("POST", "/retrieve", b"{query", 400, "invalid_request", "the body is not JSON: Expecting property name"),
+        ("GET", "/retrieve", None, 405, "invalid_request", "GET /retrieve: Method Not Allowed"),
+        ("GET", "/nowhere", None, 404, "not_found", "GET /nowhere: Not Found"),
+    ],
+)
+def test_errors_have_one_shape_everywhere(
+    url: str, method: str, path: str, content: bytes | None, status: int, type_: str, message: str
+) -> None:
+    response = httpx.request(
+        method, f"{url}{path}", content=content, headers={"content-type": "application/json", "x-request-id": "mine"}
+    )
+    assert response.status_code == status
+    assert set(response.json()) == {"error", "request_id"}
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    assert response.json()["request_id"] == "mine"
+    assert response.json()["error"]["type"] == type_
+    assert response.json()["error"]["message"].startswith(message)
+
+
+def test_what_may_be_asked_is_told(url: str) -> None:
+    answer = httpx.get(f"{url}/tasks").json()
+    assert answer["model"] == "tiny"
+    assert answer["tasks"][1] == {"name": "fever", "prompt": "fever", "max_query_tokens": 24, "keep": "beginning"}
+    assert answer["limits"] == {"queries_per_request": MAX_QUERIES, "top_k": 1000}
+    assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+    assert httpx.get(f"{url}/ready").json() == {"status": "ready"}
+    assert httpx.get(f"{url}/docs").status_code == 200
+    schema = httpx.get(f"{url}/openapi.json").json()
+    assert "/retrieve" in schema["paths"]
+    assert schema["components"]["schemas"]["RetrieveRequest"]["properties"]["top_k"]["description"] == "Hits per query."
+
+
+class NoRetriever:
+    """A handle whose every call fails."""
+
+    @property
+    def ready(self) -> "NoRetriever":
+        return self
+
+    async def remote(self) -> None:
+        raise DeploymentUnavailableError("Retriever")
+
+
+def test_without_a_retriever_the_server_is_not_ready() -> None:
+    api = object.__new__(Api.func_or_class)
+    api._retriever = NoRetriever()
+    with pytest.raises(HTTPException, match="no retriever answers; ask again, or see the Serve status") as caught:
+        asyncio.run(api.ready())
+    assert caught.value.status_code == 503
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "type_", "message"),
+    [
+        (HTTPException(503, "no retriever answers"), 503, "unavailable", "GET /broken: no retriever answers"),
+        (DeploymentUnavailableError("Retriever"), 503, "unavailable", "no retriever could take the request"),
+        (BackPressureError(num_queued_requests=9, max_queued_requests=9), 503, "unavailable", "no retriever could"),
+        (ActorDiedError(), 503, "unavailable", "no retriever could take the request"),
+        (KeyError("secret"), 500, "internal", "the server failed on this request; its log has the details"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+def test_faults_keep_the_shape_and_hide_their_details(raised: Exception, status: int, type_: str, message: str) -> None:
+    app = FastAPI()
+    answer_errors(app)
+
+    @app.get("/broken")
+    async def broken() -> None:
+        raise raised
+
+    response = TestClient(app, raise_server_exceptions=False).get("/broken", headers={"x-request-id": "mine"})
+    assert response.status_code == status
+    assert response.json()["request_id"] == "mine"
+    assert response.json()["error"]["type"] == type_
+    assert response.json()["error"]["message"].startswith(message)
+    assert "secret" not in response.text
+
+
+def test_a_pair_that_does_not_belong_together_is_refused_by_field(folder: Path) -> None:
+    args = ServeArgs(checkpoint=str(folder / "other"), index=str(folder / "index"))
+    with pytest.raises(Refusal, match=r"ContractError: checkpoint .*other .*: weights differs .*python -m jobs.index"):
+        build(args)
+    with pytest.raises(Refusal, match=r"ArtifactError: .*nothing: holds no manifest.json, so it is no complete index"):
+        build(args.model_copy(update={"index": str(folder / "nothing")}))
+    assert issubclass(Refusal, RayServeException)  # so that a deployment by file shows the message and does not retry
+
+
+def test_serve_run_ends_with_one_line_before_ray_starts(folder: Path) -> None:
+    done = subprocess.run(
+        [
+            str(Path(sys.executable).with_name("serve")),
+            "run",
+            "serve.app:build",
+            f"checkpoint={folder / 'other'}",
+            f"index={folder / 'index'}",
+        ],
+        cwd=ROOT,
+        env=os.environ | {"RAY_ADDRESS": "127.0.0.1:1"},  # connecting to Ray would fail in another way
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if "differs" in line]
+    assert line.startswith("Error: ContractError: checkpoint ")
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,321 @@
+"""URIs and artifacts, on a file system and on an S3 server alike."""
+
+import dataclasses
+import errno
+import gzip
+import io
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from taskspec import store
+from taskspec.errors import ArtifactError, StoreError
+
+
+@pytest.fixture(params=["folder", "s3"])
+def root(request, tmp_path):
+    """An empty place of each kind."""
+    if request.param == "folder":
+        return str(tmp_path / "root")
+    return store.join(request.getfixturevalue("s3_bucket"), tmp_path.name)
+
+
+@pytest.fixture
+def s3_calls(s3_bucket, monkeypatch):
+    """Names and keys of the S3 calls that change something, in order."""
+    calls = []
+
+    def note(params, model, **_):
+        if model.name in ("PutObject", "DeleteObject"):
+            calls.append((model.name, params["Key"].rpartition("/")[2]))
+
+    events = store._s3().meta.events
+    events.register("before-parameter-build.s3", note)
+    yield calls
+    events.unregister("before-parameter-build.s3", note)
+
+
+def publish(uri, kind="letters", facts=None, **files):
+    with store.publishing(uri, kind, inputs={"from": "x"}, config={"seed": 0}, facts=facts or {}) as folder:
+        for name, content in files.items():
+            (folder / "sub").mkdir(exist_ok=True)
+            (folder / "sub" / name).write_bytes(content.encode())
+    return store.open_artifact(uri, kind, verify=True)
+
+
+def test_small_files_are_written_whole_and_read_back(root):
+    uri = store.join(root, "a", "b.txt")
+    assert not store.exists(uri)
+    store.write_bytes(uri, b"one")
+    store.write_bytes(uri, b"two")
+    assert store.exists(uri)
+    assert store.read_bytes(uri) == b"two"
+    assert store.list_files(root) == [uri]
+
+
+def test_a_large_file_is_streamed(root):
+    content = gzip.compress(bytes(range(256)) * 20_000, compresslevel=0)
+    store.write_bytes(store.join(root, "a.gz"), content)
+    with store.open_input(store.join(root, "a.gz")) as stream, gzip.GzipFile(fileobj=stream) as unpacked:
+        assert hash(unpacked.read()) == hash(bytes(range(256)) * 20_000)
+
+
+def test_a_missing_file_is_named(root):
+    for act in (store.read_bytes, store.expand, store.fingerprint):
+        with pytest.raises(StoreError, match=r"/a\.txt: .*(does not exist|Not Found)"):
+            act(store.join(root, "a.txt"))
+
+
+def test_an_s3_uri_without_a_bucket_is_refused():
+    with pytest.raises(StoreError, match=r"s3:///a: has no bucket; S3 URIs look like s3://bucket/key"):
+        store.read_bytes("s3:///a")
+
+
+def test_a_bucket_that_is_not_there_is_named(s3_bucket):
+    with pytest.raises(StoreError, match=r"s3://nowhere/a: cannot be listed: .*NoSuchBucket"):
+        store.list_files("s3://nowhere/a")
+    with pytest.raises(StoreError, match=r"s3://nowhere/a: cannot be written: .*NoSuchBucket"):
+        store.write_bytes("s3://nowhere/a", b"")
+
+
+def test_what_breaks_while_an_s3_file_is_read_names_the_file():
+    class Broken:
+        def read(self, _):
+            raise ConnectionResetError("reset by peer")
+
+        def close(self):
+            pass
+
+    stream = io.BufferedReader(store._S3Stream("s3://b/a", Broken()))
+    with pytest.raises(StoreError, match=r"s3://b/a: cannot be read: reset by peer"):
+        stream.read(1)
+
+
+def test_a_star_in_the_last_part_is_expanded(root):
+    for name in ("b.jsonl", "a.jsonl", "a.txt", "deeper/c.jsonl"):
+        store.write_bytes(store.join(root, name), b"")
+    assert store.expand(store.join(root, "*.jsonl")) == [store.join(root, "a.jsonl"), store.join(root, "b.jsonl")]
+    assert store.expand(store.join(root, "a.txt")) == [store.join(root, "a.txt")]
+    with pytest.raises(StoreError, match=r"\*\.gz: names no file"):
+        store.expand(store.join(root, "*.gz"))
+
+
+def test_a_relative_pattern_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store.write_bytes("data/a.jsonl", b"")
+    for pattern in ("data/*.jsonl", "./data/*.jsonl", "data//*.jsonl"):
+        assert store.expand(pattern) == ["data/a.jsonl"]
+    with pytest.raises(StoreError, match=r"data: is a folder; name its files, such as data/\*\.jsonl"):
+        store.expand("data")
+
+
+def test_a_fingerprint_follows_the_content(root):
+    uri = store.join(root, "a.txt")
+    store.write_bytes(uri, b"one")
+    first = store.fingerprint(uri)
+    store.write_bytes(uri, b"two")
+    second = store.fingerprint(uri)
+    store.write_bytes(uri, b"one")
+    assert store.fingerprint(uri) == first != second
+
+
+def test_compare_and_swap_writes_only_over_what_it_expects(root):
+    uri = store.join(root, "alias.json")
+    assert not store.compare_and_swap(uri, b"v0", b"v1")
+    assert store.compare_and_swap(uri, None, b"v1")
+    assert not store.compare_and_swap(uri, None, b"v2")
+    assert not store.compare_and_swap(uri, b"v0", b"v2")
+    assert store.read_bytes(uri) == b"v1"
+    assert store.compare_and_swap(uri, b"v1", b"v2")
+    assert store.read_bytes(uri) == b"v2"
+
+
+def test_of_many_that_swap_at_once_each_version_has_one_winner(tmp_path):
+    uri = str(tmp_path / "alias.json")
+    wins = []
+
+    def swap(name):
+        for version in range(20):
+            expected = f"{version - 1}".encode() if version else None
+            if store.compare_and_swap(uri, expected, f"{version}".encode()):
+                wins.append((version, name))
+
+    threads = [threading.Thread(target=swap, args=(name,)) for name in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(version for version, _ in wins) == list(range(20))
+
+
+def test_an_artifact_has_its_files_and_a_manifest(root):
+    artifact = publish(store.join(root, "x"), facts={"rows": 3}, a="A", b="B")
+    manifest = artifact.manifest
+    assert (artifact.folder / "sub" / "a").read_text() == "A"
+    assert list(manifest.files) == ["sub/a", "sub/b"]
+    assert (manifest.kind, manifest.inputs, manifest.config) == ("letters", {"from": "x"}, {"seed": 0})
+    assert manifest.facts == {"rows": 3}
+
+
+def test_equal_content_has_the_same_id_and_other_content_another(root):
+    first = publish(store.join(root, "x"), a="A")
+    assert publish(store.join(root, "y"), a="A").id == first.id
+    later = dataclasses.replace(first.manifest, created="2020-01-01T00:00:00+00:00", config={"seed": 1})
+    assert later.id == first.id
+    assert publish(store.join(root, "z"), a="B").id != first.id
+    assert publish(store.join(root, "z"), facts={"rows": 3}, a="A").id != first.id
+
+
+def test_facts_may_be_filled_while_writing(root):
+    facts = {}
+    with store.publishing(store.join(root, "x"), "letters", inputs={}, config={}, facts=facts):
+        facts["rows"] = 7
+    assert store.read_manifest(store.join(root, "x"), "letters").facts == {"rows": 7}
+
+
+def test_publishing_again_replaces_all_of_what_stood_there(root):
+    uri = store.join(root, "x")
+    publish(uri, a="A", old="old")
+    artifact = publish(uri, a="B")
+    assert list(artifact.manifest.files) == ["sub/a"]
+    assert store.list_files(uri) == [store.join(uri, "manifest.json"), store.join(uri, "sub", "a")]
+
+
+def test_an_error_while_writing_leaves_what_stood_there(root):
+    uri = store.join(root, "x")
+    publish(uri, a="A")
+    with pytest.raises(AttributeError):
+        publish(uri, a="B", b=None)
+    assert (store.open_artifact(uri, "letters", verify=True).folder / "sub" / "a").read_text() == "A"
+    assert len(store.list_files(root)) == 2
+
+
+def test_an_error_while_writing_leaves_nothing_behind(root):
+    with pytest.raises(KeyError), store.publishing(store.join(root, "x"), "k", inputs={}, config={}, facts={}):
+        raise KeyError
+    assert store.list_files(root) == []
+
+
+def test_a_full_disk_is_an_error_of_the_uri(root):
+    uri = store.join(root, "x")
+    with (
+        pytest.raises(StoreError, match=r"/x: cannot be written: .*No space left"),
+        store.publishing(uri, "letters", inputs={}, config={}, facts={}),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with (
+        pytest.raises(FileNotFoundError, match="elsewhere"),
+        store.publishing(uri, "letters", inputs={}, config={}, facts={}),
+    ):
+        raise FileNotFoundError(errno.ENOENT, "no such file", "elsewhere")
+
+
+def test_what_is_no_artifact_is_not_replaced(root):
+    uri = store.join(root, "home")
+    store.write_bytes(store.join(uri, "letter.txt"), b"dear")
+    with (
+        pytest.raises(StoreError, match=r"/home: stands already and is no artifact; remove it or name another place"),
+        store.publishing(uri, "letters", inputs={}, config={}, facts={}),
+    ):
+        pytest.fail("refused before work starts")
+    assert store.read_bytes(store.join(uri, "letter.txt")) == b"dear"
+
+
+def test_the_manifest_is_the_last_object_put_on_s3(s3_bucket, s3_calls):
+    uri = store.join(s3_bucket, "ordered")
+    publish(uri, a="A", b="B")
+    assert s3_calls == [
+        *[("PutObject", name) for name in (".publishing", "a", "b", "manifest.json")],
+        ("DeleteObject", ".publishing"),
+    ]
+
+
+def test_while_an_artifact_on_s3_is_replaced_there_is_none(s3_bucket, s3_calls):
+    uri = store.join(s3_bucket, "replaced")
+    publish(uri, a="A")
+    s3_calls.clear()
+    publish(uri, b="B")
+    puts = [name for call, name in s3_calls if call == "PutObject"]
+    assert s3_calls.index(("DeleteObject", "manifest.json")) < s3_calls.index(("PutObject", "b"))
+    assert puts[-1] == "manifest.json"
+
+
+def test_a_broken_upload_is_no_artifact_and_can_be_published_over(s3_bucket, monkeypatch):
+    uri = store.join(s3_bucket, "broken")
+
+    def broken(path, bucket, key):
+        raise OSError("connection lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._s3(), "upload_file", broken)
+        with pytest.raises(StoreError, match="broken: cannot be written: connection lost"):
+            publish(uri, a="A")
+    with pytest.raises(ArtifactError, match=r"broken: holds no manifest\.json, so it is no complete letters"):
+        store.open_artifact(uri, "letters")
+    assert list(publish(uri, b="B").manifest.files) == ["sub/b"]
+
+
+def test_an_artifact_on_s3_is_fetched_once(s3_bucket):
+    uri = store.join(s3_bucket, "fetched")
+    folder = publish(uri, a="A").folder
+    store.remove(uri)
+    assert (folder / "sub" / "a").read_text() == "A"
+    assert publish(uri, a="A").folder == folder
+
+
+def test_removing_takes_everything_below_and_nothing_beside(root):
+    publish(store.join(root, "x"), a="A")
+    publish(store.join(root, "xy"), a="A")
+    store.remove(store.join(root, "x"))
+    store.remove(store.join(root, "never"))
+    assert all("/xy/" in name for name in store.list_files(root))
+    assert len(store.list_files(root)) == 2
+
+
+def test_an_artifact_of_another_kind_is_refused(root):
+    publish(store.join(root, "x"))
+    with pytest.raises(ArtifactError, match=r"/x: is a letters, but a checkpoint is needed here"):
+        store.open_artifact(store.join(root, "x"), "checkpoint")
+
+
+def change_manifest(uri, **changes):
+    name = store.join(uri, "manifest.json")
+    store.write_bytes(name, json.dumps(json.loads(store.read_bytes(name)) | changes).encode())
+
+
+def test_an_artifact_of_another_format_version_is_refused(root):
+    publish(store.join(root, "x"))
+    change_manifest(store.join(root, "x"), format_version=99)
+    with pytest.raises(ArtifactError, match=r"/x: has format version 99, this taskspec reads 1; make it again"):
+        store.open_artifact(store.join(root, "x"), "letters")
+
+
+def test_a_damaged_manifest_is_refused(root):
+    publish(store.join(root, "x"))
+    change_manifest(store.join(root, "x"), unknown=1)
+    with pytest.raises(ArtifactError, match=r"manifest\.json: is damaged \(.*unknown.*\); make the letters again"):
+        store.open_artifact(store.join(root, "x"), "letters")
+
+
+def test_a_missing_and_an_altered_file_are_named(tmp_path):
+    uri = str(tmp_path / "x")
+    publish(uri, a="A", b="B")
+    Path(uri, "sub", "a").write_text("C")
+    store.open_artifact(uri, "letters")
+    with pytest.raises(ArtifactError, match=r"/x: sub/a is not the file in the manifest \(sha256\)"):
+        store.open_artifact(uri, "letters", verify=True)
+    Path(uri, "sub", "b").unlink()
+    with pytest.raises(ArtifactError, match=r"/x: sub/b is missing; make the letters again"):
+        store.open_artifact(uri, "letters")
+
+
+def test_an_altered_file_on_s3_is_named_and_nothing_is_cached(s3_bucket):
+    uri = store.join(s3_bucket, "altered")
+    with store.publishing(uri, "letters", inputs={}, config={}, facts={"only": "here"}) as folder:
+        (folder / "a").write_text("A")
+    store.write_bytes(store.join(uri, "a"), b"C")
+    for _ in range(2):
+        with pytest.raises(ArtifactError, match=r"altered: a is not the file in the manifest \(sha256\); publish it"):
+            store.open_artifact(uri, "letters")
