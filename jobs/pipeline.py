@@ -130,7 +130,7 @@ def make_inputs(config: Config) -> Inputs:
     from taskspec.negatives.bm25 import mine_bm25
 
     prepared = store.join(config.artifacts, "prepared")
-    if not stands(prepared, "prepared-data", config, prepare_inputs(config), ("data", "tasks")):
+    if not stands(prepared, "prepared-data", config, prepare_inputs(config), ("data", "tasks", "seed")):
         prepare(config, prepared)
     if not config.contrastive.negatives:
         return Inputs(prepared, None)

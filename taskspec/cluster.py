@@ -19,6 +19,8 @@ def connect(config: Cluster) -> None:
     """
     # Ray overrides CUDA_VISIBLE_DEVICES of processes that ask for no GPU; the future default is to leave it.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Below this level, Ray's core prints an "E" line for every actor pool of Ray Data, about restarts.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
     # It only says that authentication is on, which cluster/README.md explains.
@@ -43,6 +45,8 @@ def prepare_ray_data() -> Any:
     """Sets this process's Ray Data: order preserved, no progress bars. Returns: its DataContext."""
     import ray.data
 
+    # It only says that progress bars are off, which the next lines ask for.
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True

@@ -336,19 +336,19 @@ def test_a_file_that_is_not_packed_but_named_so_is_refused(make_config, tmp_path
         prepare(make_config(tasks=[{"name": "nq", "train": [str(path)]}]), str(tmp_path / "prepared"))
 
 
-def test_all_missing_files_are_named_at_once(tmp_path, monkeypatch, capsys):
+def test_all_missing_files_are_named_at_once(tmp_path, monkeypatch):
     tree = {
         "name": "test",
         "artifacts": str(tmp_path),
-        "tasks": [{"name": "nq", "train": ["no-train.jsonl"], "dev": ["no-dev-*.jsonl"]}],
-        "data": {"knowledge_source": ["no-pages.jsonl"]},
+        "tasks": [{"name": "nq", "train": ["/none/train.jsonl"], "dev": ["/none/dev-*.jsonl"]}],
+        "data": {"knowledge_source": ["/none/pages.jsonl"]},
     }
     (tmp_path / "test.yaml").write_text(json.dumps(tree))
     monkeypatch.setattr("taskspec.cluster.connect", lambda _: pytest.fail("no cluster for files that are not there"))
     with pytest.raises(
         StoreError,
-        match=r"^input files cannot be found: no-pages\.jsonl: does not exist; no-train\.jsonl: does not exist; "
-        r"no-dev-\*\.jsonl: names no file; mend their paths in the configuration$",
+        match=r"^input files cannot be found: /none/pages\.jsonl: does not exist; /none/train\.jsonl: does not exist; "
+        r"/none/dev-\*\.jsonl: names no file; mend their paths in the configuration$",
     ):
         job.run(["--config", str(tmp_path / "test.yaml")])
 
