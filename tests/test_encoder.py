@@ -1,0 +1,122 @@
+"""Encoders: T5 and BERT-like, pooling, similarity, saving and loading."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertModel, BertTokenizer
+
+from taskspec.config import Config, ContractTask, Model, parse_config
+from taskspec.errors import ConfigError
+from taskspec.model.encoder import (
+    TextEncoder,
+    build_encoder,
+    contract_tasks,
+    length_sorted,
+    load_encoder,
+    save_encoder,
+    train_tokenizer,
+)
+
+TEXTS = [f"the {a} of {b}" for a in ("king", "queen", "house", "river") for b in ("arden", "belmor", "casta")] * 20
+
+
+def configure(**model) -> Config:
+    scratch = {"vocabulary": 200, "width": 16, "layers": 1, "heads": 2}
+    tree = {"name": "x", "artifacts": "a", "tasks": [{"name": "nq"}], "model": {"scratch": scratch} | model}
+    return parse_config(tree, "test")
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> str:
+    """A BERT-like encoder as a hub would hold it: a folder of transformers."""
+    folder = tmp_path_factory.mktemp("bert")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set(" ".join(TEXTS).split())), "nq"]
+    BertTokenizer(vocab={word: number for number, word in enumerate(words)}).save_pretrained(folder)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(words), **shape)).save_pretrained(folder)
+    return str(folder)
+
+
+def text_encoder(config: Config, folder) -> TextEncoder:
+    encoder, tokenizer = (
+        load_encoder(config.model, config.model.source)
+        if config.model.source
+        else build_encoder(config.model, TEXTS, seed=0)
+    )
+    return TextEncoder(encoder, tokenizer, save_encoder(config, encoder, tokenizer, folder))
+
+
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+@pytest.mark.parametrize("family", ["t5", "bert"])
+def test_a_saved_encoder_embeds_as_before(family, pooling, similarity, bert, tmp_path):
+    config = configure(pooling=pooling, similarity=similarity, source=bert if family == "bert" else None)
+    before = text_encoder(config, tmp_path)
+    encoder, tokenizer = load_encoder(config.model, tmp_path)
+    after = TextEncoder(encoder, tokenizer, before.contract)
+    queries = ["the king", "queen of arden and house of belmor"]
+    ours, theirs = before.embed_queries("nq", queries)[0], after.embed_queries("nq", queries)[0]
+    np.testing.assert_array_equal(ours, theirs)
+    assert ours.shape == (2, 16)
+    assert np.abs(ours[0] - ours[1]).max() > 1e-4
+    if similarity == "cosine":
+        np.testing.assert_allclose(np.linalg.norm(ours, axis=1), 1, rtol=1e-5)
+
+
+def test_first_of_t5_is_the_first_decoder_token_and_mean_needs_no_decoder():
+    first, _ = build_encoder(configure(pooling="first").model, TEXTS, seed=0)
+    mean, _ = build_encoder(configure(pooling="mean").model, TEXTS, seed=0)
+    assert any("decoder" in name for name, _ in first.named_parameters())
+    assert not any("decoder" in name for name, _ in mean.named_parameters())
+
+
+def test_an_embedding_does_not_depend_on_its_neighbors_or_their_padding(tmp_path):
+    encoder = text_encoder(configure(pooling="mean"), tmp_path)
+    titles = ["a", "b", "c"]
+    texts = ["the king of arden", "queen", " ".join(TEXTS[:12])]
+    together = encoder.embed_passages(titles, texts)
+    alone = np.concatenate([encoder.embed_passages([t], [x]) for t, x in zip(titles, texts, strict=True)])
+    np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-6)
+
+
+def test_the_seed_decides_the_weights_and_leaves_other_randomness_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    one, _ = build_encoder(configure().model, TEXTS, seed=1)
+    assert torch.equal(torch.rand(1), expected)
+    same, _ = build_encoder(configure().model, TEXTS, seed=1)
+    other, _ = build_encoder(configure().model, TEXTS, seed=2)
+    weights = [next(iter(encoder.state_dict().values())) for encoder in (one, same, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_dropout_of_the_configuration_reaches_a_loaded_model(bert):
+    encoder, _ = load_encoder(Model(source=bert, dropout=0.37), bert)
+    rates = {module.p for module in encoder.modules() if isinstance(module, torch.nn.Dropout)}
+    assert rates == {0.37}
+
+
+def test_a_folder_without_an_encoder_is_refused_by_name(tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.source .*: no T5 or BERT-like encoder with tokenizer"):
+        load_encoder(Model(), tmp_path)
+
+
+def test_too_few_texts_for_a_tokenizer_are_refused():
+    with pytest.raises(ConfigError, match=r"model\.scratch: no tokenizer could be trained on the passages"):
+        train_tokenizer([], Model().scratch)
+
+
+def test_groups_of_like_length_hold_every_row_once_within_the_token_budget():
+    lengths = np.array([5, 100, 7, 7, 60, 1])
+    groups = list(length_sorted(lengths, max_tokens=120))
+    assert sorted(row for group in groups for row in group.tolist()) == [0, 1, 2, 3, 4, 5]
+    assert all(lengths[group].max() * len(group) <= 120 for group in groups)
+    assert groups[0].tolist() == [1]
+
+
+def test_a_prompt_is_the_task_s_name_unless_it_says_otherwise():
+    tree = {"name": "x", "artifacts": "a", "tasks": [{"name": "nq"}, {"name": "el", "prompt": ""}]}
+    assert [task.prompt for task in contract_tasks(parse_config(tree, "test"))] == ["nq", ""]
+    assert isinstance(contract_tasks(parse_config(tree, "test"))[0], ContractTask)

@@ -1,0 +1,108 @@
+"""The command lines: instant help, errors as one line, what cannot be placed."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from jobs import cli, pipeline, sweep, train
+from taskspec import cluster
+from taskspec.config import Config, load_config
+from taskspec.errors import ConfigError, PlacementError
+
+JOBS = ["download", "evaluate", "index", "mine", "pipeline", "prepare", "quickstart", "sweep", "train"]
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_help_imports_neither_torch_nor_ray(job):
+    program = (
+        "import runpy, sys\n"
+        f"sys.argv = ['{job}', '--help']\n"
+        f"try:\n    runpy.run_module('jobs.{job}', run_name='__main__')\n"
+        "except SystemExit as end:\n    assert not end.code\n"
+        "loaded = {'torch', 'ray', 'transformers', 'faiss'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {loaded}' if loaded else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout
+
+
+def test_an_error_is_one_line_and_status_2():
+    command = [sys.executable, "-m", "jobs.train", "--config", "quickstart", "--set", "train.stepps=5"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert "unknown key train.stepps; known: tasks, steps, learning_rate" in done.stderr
+
+
+def test_json_prints_one_object_and_without_it_the_uri(capsys):
+    cli.main(lambda argv: {"uri": "s3://b/x", "more": 1}, ["--json"])
+    cli.main(lambda argv: {"uri": "s3://b/x", "more": 1}, [])
+    assert capsys.readouterr().out == '{"uri": "s3://b/x", "more": 1}\ns3://b/x\n'
+
+
+def test_an_interrupted_job_says_how_to_go_on(capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        cli.main(interrupted, [])
+    assert end.value.code == 130
+    assert "run the same command again to go on" in capsys.readouterr().err
+
+
+def test_local_paths_are_made_absolute_and_s3_uris_are_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tree = {
+        "name": "own",
+        "artifacts": "artifacts",
+        "data": {"knowledge_source": ["s3://bucket/pages.jsonl"]},
+        "tasks": [{"name": "nq", "train": ["nq.jsonl"]}],
+    }
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(tree))
+    config = cli.configuration(train.build_parser().parse_args(["--config", "own.yaml"]))
+    assert config.artifacts == str(tmp_path / "artifacts")
+    assert config.tasks[0].train == (str(tmp_path / "nq.jsonl"),)
+    assert config.data.knowledge_source == ("s3://bucket/pages.jsonl",)
+
+
+def test_what_the_cluster_cannot_hold_is_refused_with_both_numbers(ray_cluster):
+    started = time.monotonic()
+    with pytest.raises(
+        PlacementError, match=r"training needs 99 CPUs and 1 GPUs, the cluster has 4 and 0 after 0\.5 s"
+    ):
+        cluster.require("training", cpus=99, gpus=1, wait_s=0.5)
+    assert time.monotonic() - started < 30
+    cluster.require("training", cpus=4, wait_s=0)
+
+
+@pytest.fixture
+def config() -> Config:
+    return load_config("quickstart")
+
+
+def test_arms_differ_in_method_and_tasks_only(config):
+    assert [one.train.steps for one in pipeline.arm_configs(config, "untrained").values()] == [0]
+    single = pipeline.arm_configs(config, "single")
+    assert list(single) == [task.name for task in config.tasks]
+    assert all(one.trained_tasks == (one.task(name),) for name, one in single.items())
+    taco = pipeline.arm_configs(config, "taco")[""]
+    assert taco.specialization.method == "taco"
+    assert taco.train == config.train
+    with pytest.raises(ConfigError, match="unknown arm 'tacco'; known: untrained, mean, taco, single"):
+        pipeline.arm_configs(config, "tacco")
+
+
+def test_a_sweep_s_table_has_mean_and_spread_over_seeds():
+    rows = [
+        {"strength": strength, "seed": seed, "average": average, "rprec": {"nq": average, "wow": 0.5}}
+        for strength, seed, average in [(0.0, 0, 0.2), (0.0, 1, 0.4), (2.0, 0, 0.5)]
+    ]
+    lines = sweep.table_text(rows).splitlines()
+    assert lines[0].split() == ["strength", "seeds", "R-precision", "±", "std", "nq", "wow"]
+    assert lines[1].split() == ["0", "2", "30.0", "14.1", "30.0", "50.0"]
+    assert lines[2].split() == ["2", "1", "50.0", "–", "50.0", "50.0"]
