@@ -223,6 +223,8 @@ def read_metrics(run: str) -> list[dict[str, Any]]:
     """The lines of a run, by step; where workers were restarted, the later start's line counts."""
     lines: dict[int, dict[str, Any]] = {}
     for name in store.list_files(store.join(run, "metrics")):
+        if not name.endswith(".jsonl"):  # one that is being written
+            continue
         first = int(name.rpartition("step-")[2].removesuffix(".jsonl"))
         lines = {step: line for step, line in lines.items() if step <= first}
         for text in store.read_bytes(name).decode().splitlines():
