@@ -131,13 +131,14 @@ def make_inputs(config: Config) -> Inputs:
 
     prepared = store.join(config.artifacts, "prepared")
     if not stands(prepared, "prepared-data", config, prepare_inputs(config), ("data", "tasks", "seed")):
-        prepare(config, prepared)
+        print(prepare(config, prepared).to_text(), flush=True)
     if not config.contrastive.negatives:
         return Inputs(prepared, None)
     data = PreparedData.open(prepared)
     negatives = store.join(config.artifacts, "negatives")
     if not stands(negatives, "negatives", config, {"prepared": data.id}, ("negatives",)):
-        mine_bm25(data, config, negatives)
+        counts = mine_bm25(data, config, negatives)
+        print(f"{negatives}: BM25 negatives for {len(counts)} tasks", flush=True)
     return Inputs(prepared, negatives)
 
 

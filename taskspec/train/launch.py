@@ -160,17 +160,12 @@ def _worker(settings: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 
-    context = ray.train.get_context()
-
-    def barrier(metrics: dict[str, Any], checkpoint: str) -> None:
-        ray.train.report(metrics)
-
     train_worker(
         settings["job"],
         batches=_ray_batches,
-        barrier=barrier,
+        barrier=ray.train.report,
         device=str(ray.train.torch.get_device()),
-        local_workers=context.get_local_world_size(),
+        local_workers=ray.train.get_context().get_local_world_size(),
     )
 
 

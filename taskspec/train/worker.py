@@ -86,13 +86,13 @@ def train_worker(
     job: TrainJob,
     *,
     batches: Batches = local_batches,
-    barrier: Callable[[dict[str, Any], str], None] = lambda metrics, checkpoint: None,
+    barrier: Callable[[dict[str, Any]], None] = lambda metrics: None,
     device: str = "cpu",
     local_workers: int = 1,
 ) -> None:
     """Trains from the run's last checkpoint to its last step.
 
-    Args: barrier: called by every worker after each checkpoint with the metrics and the checkpoint's URI.
+    Args: barrier: called by every worker after each checkpoint with its step and dev accuracies.
         local_workers: workers on this node, for the threads of each.
     """
     config = job.config
@@ -149,7 +149,7 @@ def train_worker(
                 )
                 mean = sum(accuracy.values()) / len(accuracy) if accuracy else 0.0
                 run = add_to_run(run, job.run, folder, mean, finished=last)
-            barrier({"step": done, **accuracy}, store.join(job.run, folder))
+            barrier({"step": done, **accuracy})
 
         # once in a while: one line for the console, JSONL and TensorBoard
         if log and described:
