@@ -40,9 +40,9 @@ from serve.schema import (
     Time,
 )
 from taskspec import store
-from taskspec.config import Contract
 from taskspec.errors import TaskspecError
 from taskspec.index.manifest import KIND, IndexManifest
+from taskspec.model.contract import Contract
 from taskspec.retrieve.retriever import check_request
 from taskspec.train.checkpoint import read_contract
 

@@ -9,7 +9,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from taskspec.config import ContractTask, Section
+from taskspec.config import Section
+from taskspec.model.contract import ContractTask
 from taskspec.retrieve.retriever import Level
 
 MAX_TOP_K = 1000

@@ -8,19 +8,9 @@ import yaml
 from pydantic import BaseModel
 from pydantic import ValidationError as PydanticError
 
-from taskspec.config import (
-    Config,
-    Contract,
-    ContractTask,
-    Prompts,
-    Section,
-    Task,
-    canonical_sha256,
-    load_config,
-    parse_config,
-    presets_folder,
-)
+from taskspec.config import Config, Prompts, Section, Task, canonical_sha256, load_config, parse_config, presets_folder
 from taskspec.errors import ConfigError, ContractError
+from taskspec.model.contract import Contract, ContractTask
 
 TREE = {
     "name": "mine",

@@ -5,8 +5,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from taskspec.config import Config, ContractTask, Model, parse_config
+from taskspec.config import Config, Model, parse_config
 from taskspec.errors import ConfigError
+from taskspec.model.contract import ContractTask
 from taskspec.model.encoder import (
     TextEncoder,
     build_encoder,

@@ -13,7 +13,7 @@ import pytest
 
 from jobs import index as job
 from taskspec import store
-from taskspec.config import Config, Contract, load_config
+from taskspec.config import Config, load_config
 from taskspec.data.prepared import KIND as PREPARED_KIND
 from taskspec.data.prepared import PASSAGE_SCHEMA, PreparedData
 from taskspec.data.rows import RowStore
@@ -22,6 +22,7 @@ from taskspec.index import build
 from taskspec.index.embed import EmbedPassages
 from taskspec.index.manifest import KIND, PASSAGE_COLUMNS, PASSAGES_FILE, IndexManifest
 from taskspec.index.shard import Shard
+from taskspec.model.contract import Contract
 from taskspec.model.encoder import build_encoder
 from taskspec.retrieve.retriever import Retriever
 from taskspec.train.checkpoint import open_encoder, publish_checkpoint

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from taskspec.config import ContractTask, Prompts, Scratch
+from taskspec.config import Prompts, Scratch
 from taskspec.errors import ConfigError, RequestError
+from taskspec.model.contract import ContractTask
 from taskspec.model.encoder import train_tokenizer
 from taskspec.model.prompts import TextTokenizer, passage_text, query_text
 

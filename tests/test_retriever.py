@@ -8,11 +8,12 @@ import pyarrow as pa
 import pytest
 
 from taskspec import store
-from taskspec.config import Contract, ContractTask, Prompts
+from taskspec.config import Prompts
 from taskspec.data.rows import RowStore
 from taskspec.errors import ArtifactError, ContractError, RequestError
 from taskspec.index.manifest import IndexManifest, ShardFile
 from taskspec.index.shard import Shard
+from taskspec.model.contract import Contract, ContractTask
 from taskspec.retrieve.retriever import Hit, Retriever
 
 WORDS = ("moon", "ice", "ring", "dust")

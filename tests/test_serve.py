@@ -23,10 +23,11 @@ from serve.app import Api, Refusal, build
 from serve.errors import answer_errors
 from serve.schema import MAX_QUERIES, ServeArgs
 from taskspec import store
-from taskspec.config import Contract, parse_config
+from taskspec.config import parse_config
 from taskspec.data.rows import RowStore
 from taskspec.index.manifest import KIND, PASSAGES_FILE, IndexManifest, ShardFile
 from taskspec.index.shard import Shard
+from taskspec.model.contract import Contract
 from taskspec.model.encoder import build_encoder
 from taskspec.retrieve.retriever import Retriever, index_version
 from taskspec.train.checkpoint import open_encoder, publish_checkpoint

@@ -21,13 +21,14 @@ import numpy as np
 import pyarrow as pa
 
 from taskspec import cluster, store
-from taskspec.config import Config, Contract
+from taskspec.config import Config
 from taskspec.data.prepared import PreparedData
 from taskspec.data.rows import RowStore
 from taskspec.errors import ArtifactError, ConfigError
 from taskspec.index.embed import EmbedPassages
 from taskspec.index.manifest import KIND, PASSAGE_COLUMNS, PASSAGES_FILE, IndexManifest, ShardFile
 from taskspec.index.shard import Shard
+from taskspec.model.contract import Contract
 from taskspec.train import checkpoint as checkpoints
 
 SHARD_KIND = "index-shard"

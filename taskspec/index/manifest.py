@@ -11,8 +11,9 @@ from typing import Literal, Self
 from pydantic import ValidationError
 
 from taskspec import store
-from taskspec.config import Contract, Section
+from taskspec.config import Section
 from taskspec.errors import ArtifactError
+from taskspec.model.contract import Contract
 
 KIND = "index"
 PASSAGES_FILE = "passages.arrow"

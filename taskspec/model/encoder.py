@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from taskspec.config import Config, Contract, ContractTask, Model, Scratch
+from taskspec.config import Config, Model, Scratch
 from taskspec.errors import ConfigError
+from taskspec.model.contract import Contract, ContractTask
 from taskspec.model.prompts import TextTokenizer, Tokens
 
 EMBED_TOKENS = 16_384

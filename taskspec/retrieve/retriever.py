@@ -13,11 +13,11 @@ from typing import Literal, Protocol
 import numpy as np
 
 from taskspec import store
-from taskspec.config import Contract
 from taskspec.data.rows import RowStore
 from taskspec.errors import RequestError
 from taskspec.index.manifest import KIND, PASSAGES_FILE, IndexManifest
 from taskspec.index.shard import Shard, merge_top_k
+from taskspec.model.contract import Contract
 from taskspec.retrieve.pages import Ranking, search_pages
 
 Level = Literal["page", "passage"]

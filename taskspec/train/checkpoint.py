@@ -18,8 +18,9 @@ import safetensors.torch
 from torch import Tensor
 
 from taskspec import store
-from taskspec.config import Config, Contract
+from taskspec.config import Config
 from taskspec.errors import TrainingError
+from taskspec.model.contract import Contract
 from taskspec.model.encoder import Encoder, TextEncoder, load_encoder, save_encoder
 
 KIND = "checkpoint"
