@@ -484,7 +484,7 @@ def test_the_job_ends_with_one_line_and_status_2(gold, capsys):
         (["--gold", "g", "--guess", "h", "--config", "c"], "give either --config, or --gold and --guess"),
         (["--gold", "g", "--guess", "h", "--at", "0"], "--at needs numbers ≥ 1 but got 0"),
         (["--config", "CONFIG", "--at", "1"], "--at goes with --gold and --guess; with --config use --set"),
-        (["--config", "CONFIG", "--index", "i"], "--index i: give --checkpoint too"),
+        (["--config", "CONFIG", "--index", "i"], "--index .*i: give --checkpoint too"),
         (["--config", "CONFIG", "--no-bm25"], "nothing to evaluate: give --checkpoint, or"),
         (["--config", "CONFIG", "--systems", "mean=c"], "--systems mean=c: must look like NAME=CHECKPOINT,INDEX or"),
         (["--config", "CONFIG", "--systems", "a:=c,i"], "--systems a:=c,i: must look like"),
