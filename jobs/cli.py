@@ -17,7 +17,9 @@ from taskspec.errors import TaskspecError
 def parser(description: str, *, config_required: bool = True) -> argparse.ArgumentParser:
     """A parser with the options of every job."""
     result = argparse.ArgumentParser(description=description)
-    result.add_argument("--config", required=config_required, help="YAML file, or a preset's name: quickstart, kilt")
+    result.add_argument(
+        "--config", required=config_required, help="YAML file, or a preset of jobs/configs, by its name"
+    )
     result.add_argument(
         "--set",
         dest="overrides",

@@ -28,6 +28,8 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     prepared = arguments.prepared or store.join(config.artifacts, "prepared")
     out = arguments.out or store.join(config.artifacts, "index")
+    for uri, kind in ((arguments.checkpoint, "checkpoint"), (prepared, "prepared-data")):
+        store.read_manifest(uri, kind)  # a wrong URI ends here, before Ray starts
     cluster.connect(config.cluster)
     index = build_index(config, arguments.checkpoint, prepared, out)
     return {

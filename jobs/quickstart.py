@@ -48,14 +48,15 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
     def stage(text: str) -> None:
         print(f"\n[{time.monotonic() - started:3.0f} s] {text}", flush=True)
 
+    world = Path(config.data.knowledge_source[0]).parent
+    stage(f"a world of {arguments.pages:,} pages and {len(config.tasks)} tasks in {world}")
+
     from jobs.pipeline import run_pipeline
     from taskspec.data.prepared import PreparedData
     from taskspec.data.world import write_world
     from taskspec.evaluate.report import sample_answers, write_report
     from taskspec.train.worker import read_metrics
 
-    world = Path(config.data.knowledge_source[0]).parent
-    stage(f"a world of {arguments.pages:,} pages and {len(config.tasks)} tasks in {world}")
     write_world(world, pages=arguments.pages, seed=0)
 
     stage(f"prepare, mine negatives, then train, index and evaluate: {', '.join(ARMS)}")

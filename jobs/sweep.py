@@ -54,6 +54,8 @@ def sweep(config: Config, inputs: Inputs) -> list[dict[str, Any]]:
         "strength": tune.grid_search(list(config.sweep.strengths)),
         "seed": tune.grid_search(list(config.sweep.seeds)),
     }
+    trials = len(config.sweep.strengths) * len(config.sweep.seeds)
+    print(f"sweep: {trials} trials in {config.artifacts}/runs, {config.sweep.concurrent} at a time", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         tuner = tune.Tuner(
             tune.with_resources(partial(_trial, config=config, inputs=inputs), {"CPU": TRIAL_CPUS}),

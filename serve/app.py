@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 from fastapi import FastAPI, HTTPException, Response
+from pydantic import ValidationError
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve import Application
@@ -40,7 +41,7 @@ from serve.schema import (
     Time,
 )
 from taskspec import store
-from taskspec.errors import TaskspecError
+from taskspec.errors import ConfigError, TaskspecError
 from taskspec.index.manifest import KIND, IndexManifest
 from taskspec.model.contract import Contract
 from taskspec.retrieve.retriever import check_request
@@ -66,8 +67,23 @@ class Refusal(click.ClickException, RayServeException):
         super().__init__(f"{type(error).__name__}: {error}")
 
 
-def build(args: ServeArgs) -> Application:
-    """The Serve application. Raises: Refusal if checkpoint and index cannot be read or do not belong together."""
+def build(args: dict[str, Any]) -> Application:
+    """The Serve application; what `args` may hold stands in `ServeArgs`.
+
+    Serve would check a parameter typed as `ServeArgs` by itself, and print a traceback where a line is wanted.
+    Raises: Refusal if an argument is missing, unknown or wrong, or if checkpoint and index cannot be read or do not
+        belong together.
+    """
+    try:
+        settings = ServeArgs.model_validate(args)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name, known = ".".join(map(str, problem["loc"])), ", ".join(ServeArgs.model_fields)
+        raise Refusal(ConfigError(f"argument {name}: {problem['msg']}; known: {known}")) from error
+    return _build(settings)
+
+
+def _build(args: ServeArgs) -> Application:
     try:
         contract = read_contract(args.checkpoint)
         index = IndexManifest.of(args.index, store.read_manifest(args.index, KIND))

@@ -27,12 +27,19 @@ def connect(config: Cluster) -> None:
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
-        ray.init(
-            address=address or "local",  # with None, Ray joins whatever cluster this machine happens to run
-            num_cpus=None if address else config.local_cpus,
-            logging_level=logging.WARNING,
-            log_to_driver=False,
-        )
+        try:
+            ray.init(
+                address=address or "local",  # with None, Ray joins whatever cluster this machine happens to run
+                num_cpus=None if address else config.local_cpus,
+                logging_level=logging.WARNING,
+                log_to_driver=False,
+            )
+        except Exception as error:  # Ray raises a bare Exception where a node does not start in time
+            where = f"join the cluster at {address}" if address else "start on this machine"
+            reason = str(error).strip().splitlines()[0]
+            raise PlacementError(
+                f"Ray could not {where}: {reason}; see that the machine is not overloaded, then run again"
+            ) from error
     prepare_ray_data()
     import ray.train
     import ray.tune
@@ -57,11 +64,13 @@ def require(what: str, *, cpus: float, gpus: float = 0, wait_s: float) -> None:
     """Waits until the cluster as a whole has that much. Raises: PlacementError with both numbers after `wait_s`.
 
     Counts resources that exist, taken or free, so that a busy cluster queues a job and a small one refuses it. An
-    autoscaler is asked for what is missing.
+    autoscaler is asked for what is missing; a Ray that this process started has none, so it is not waited for.
     """
     import ray
     from ray.autoscaler.sdk import request_resources
 
+    if os.environ.get("RAY_ADDRESS") is None:
+        wait_s = 0
     deadline = time.monotonic() + wait_s
     asked = False
     while True:

@@ -377,6 +377,8 @@ def read_manifest(uri: str, kind: str) -> Manifest:
     """The manifest of an artifact of that kind. Raises: ArtifactError naming what is wrong and the way out."""
     name = join(uri, MANIFEST)
     if not exists(name):
+        if not list_files(uri):
+            raise ArtifactError(f"{uri}: does not exist, or is empty; needed here: {kind}")
         raise ArtifactError(f"{uri}: holds no {MANIFEST}, so it is no complete {kind}; make it again")
     try:
         manifest = Manifest(**json.loads(read_bytes(name)))

@@ -3,6 +3,8 @@
 import itertools
 from functools import partial
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -120,3 +122,21 @@ def test_negatives_asked_for_and_not_given_are_refused(job, tokenizer, tiny_prep
             negatives=None,
             negatives_per_query=1,
         )
+
+
+def test_a_query_without_given_negatives_gets_random_passages(job, tokenizer, tiny_prepared, tmp_path):
+    """Values that come from Arrow are read-only, and an empty slice of them is not copied."""
+    queries = len(tiny_prepared.queries("nq", "train"))
+    with store.publishing(
+        str(tmp_path / "n"), "negatives", inputs={"prepared": tiny_prepared.id}, config={}, facts={}
+    ) as folder:
+        pq.write_table(
+            pa.table({"passage_rows": pa.array([[]] * queries, pa.list_(pa.int64()))}), folder / "nq.parquet"
+        )
+    given = GivenNegatives(str(tmp_path / "n"), tiny_prepared, ("nq",))
+    maker = make_maker(job, tokenizer, 0, 1)
+    maker.negatives = given
+    generator = maker.plan.random("nq", 0)
+    drawn = maker._draw("nq", 0, generator)
+    assert len(drawn) == job.config.contrastive.negatives
+    assert all(0 <= row < len(tiny_prepared.passages) for row in drawn)

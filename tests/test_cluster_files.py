@@ -5,7 +5,6 @@ import importlib.resources
 import json
 import re
 import shlex
-import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import DeploymentSchema, RayActorOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
 import taskspec
+from serve.schema import ServeArgs
 from taskspec.config import Config, load_config
 from taskspec.train.launch import needed_cpus
 
@@ -204,8 +204,8 @@ def test_serve_accepts_its_file_and_the_builder_its_arguments() -> None:
     (application,) = ServeDeploySchema.model_validate(read("serve.yaml")).applications
     assert application.import_path == "serve.app:build"
     module, _, name = application.import_path.partition(":")
-    build = getattr(importlib.import_module(module), name)
-    arguments = typing.get_type_hints(build)["args"].model_validate(application.args)
+    assert callable(getattr(importlib.import_module(module), name))
+    arguments = ServeArgs.model_validate(application.args)
     retriever = {each.name: each for each in application.deployments}["Retriever"]
     assert arguments.threads == retriever.ray_actor_options.num_cpus
 

@@ -104,7 +104,7 @@ def url(folder: Path, ray_cluster: None) -> Iterator[str]:
         checkpoint=str(folder / "checkpoint"), index=str(folder / "index"), max_batch=8, batch_wait_ms=50, threads=1
     )
     ray.serve.start(http_options={"host": "127.0.0.1", "port": port})
-    ray.serve.run(build(args), name="taskspec", route_prefix="/")
+    ray.serve.run(build(args.model_dump()), name="taskspec", route_prefix="/")
     yield f"http://127.0.0.1:{port}"
     ray.serve.shutdown()
 
@@ -316,9 +316,9 @@ def test_faults_keep_the_shape_and_hide_their_details(raised: Exception, status:
 def test_a_pair_that_does_not_belong_together_is_refused_by_field(folder: Path) -> None:
     args = ServeArgs(checkpoint=str(folder / "other"), index=str(folder / "index"))
     with pytest.raises(Refusal, match=r"ContractError: checkpoint .*other .*: weights differs .*python -m jobs.index"):
-        build(args)
-    with pytest.raises(Refusal, match=r"ArtifactError: .*nothing: holds no manifest.json, so it is no complete index"):
-        build(args.model_copy(update={"index": str(folder / "nothing")}))
+        build(args.model_dump())
+    with pytest.raises(Refusal, match=r"ArtifactError: .*nothing: does not exist, or is empty; needed here: index"):
+        build(args.model_dump() | {"index": str(folder / "nothing")})
     assert issubclass(Refusal, RayServeException)  # so that a deployment by file shows the message and does not retry
 
 
@@ -342,3 +342,15 @@ def test_serve_run_ends_with_one_line_before_ray_starts(folder: Path) -> None:
     (line,) = [line for line in done.stderr.splitlines() if "differs" in line]
     assert line.startswith("Error: ContractError: checkpoint ")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"checkpoint": "c"}, "argument index: Field required; known: checkpoint, index, max_batch"),
+        ({"checkpoint": "c", "index": "i", "treads": "2"}, "argument treads: Extra inputs are not permitted; known:"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_in_one_line(args, message):
+    with pytest.raises(Refusal, match=message):
+        build(args)

@@ -177,7 +177,7 @@ class BatchMaker:
         if not wanted or self.negatives is None:
             return []
         given = self.negatives.of(task, row)
-        chosen = generator.permutation(given)[:wanted]
+        chosen = given[generator.permutation(len(given))[:wanted]]
         missing = wanted - len(chosen)
         return [*chosen.tolist(), *generator.integers(len(self._passages), size=missing).tolist()]
 

@@ -127,6 +127,10 @@ class CheckReport:
             f"passages: {self.passage_words_mean:.0f} words on average, {self.passage_words_max:,} at most; "
             f"{self.passages_cut:.1%} are longer than {self.max_passage_tokens} tokens",
         ]
+        for task, splits in self.splits.items():
+            for split, one in splits.items():
+                if not one.queries:
+                    lines.append(f"{task}: its {split} files hold no query: prepare would stop")
         for uri, share in self.over_limit.items():
             lines.append(f"{uri}: {share:.1%} of its records are bad: prepare would stop, see data.max_bad_fraction")
         return "\n".join(lines)

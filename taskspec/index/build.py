@@ -121,7 +121,8 @@ def build_index(config: Config, checkpoint: str, prepared: str, out: str) -> Ind
         _build_shards(source, missing)
     manifest = _publish(out, source, plan)
     store.remove(_shards_folder(out))
-    print(f"index: {passages:,} passages in {len(plan)} shards, {time.monotonic() - started:.0f} s", flush=True)
+    shards = "1 shard" if len(plan) == 1 else f"{len(plan)} shards"
+    print(f"index: {passages:,} passages in {shards}, {time.monotonic() - started:.0f} s, {out}", flush=True)
     return manifest
 
 

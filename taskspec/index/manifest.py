@@ -64,5 +64,6 @@ class IndexManifest(Section):
             self.contract,
             f"checkpoint {checkpoint}",
             f"index {index}",
-            f"build the index again with: python -m jobs.index --config … --checkpoint {checkpoint} --out {index}",
+            f"name the index that was built from this checkpoint, or build one in a new folder with: "
+            f"python -m jobs.index --config … --checkpoint {checkpoint} --out …",
         )

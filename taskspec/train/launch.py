@@ -43,6 +43,7 @@ def start_run(job: TrainJob) -> Run:
             )
         inputs["negatives"] = store.read_manifest(job.negatives, "negatives").id
     run = read_run(job.run)
+    tokenizer: Any
     if run is not None:
         theirs = store.read_manifest(run.last_uri, "checkpoint").inputs
         for name, value in inputs.items():
@@ -51,13 +52,15 @@ def start_run(job: TrainJob) -> Run:
                     f"{job.run}: was trained on other {name} ({str(theirs.get(name))[:12]} against {value[:12]}); "
                     f"start in a new folder with --out"
                 )
-        open_training(run.last_uri, job.config)
+        resumed = open_training(run.last_uri, job.config)
+        _try_one_step(job, resumed.tokenizer, resumed.step)
         return run
     model = job.config.model
     if model.source is not None:
         encoder, tokenizer = load_encoder(model, model.source)
     else:
         encoder, tokenizer = build_encoder(model, _tokenizer_texts(prepared, tuple(plan.batch)), job.config.seed)
+    _try_one_step(job, tokenizer, 0)
     folder = "step-00000000"
     publish_checkpoint(
         store.join(job.run, folder),
@@ -70,6 +73,12 @@ def start_run(job: TrainJob) -> Run:
         dev_accuracy={},
     )
     return add_to_run(None, job.run, folder, 0.0, finished=job.config.train.steps == 0)
+
+
+def _try_one_step(job: TrainJob, tokenizer: Any, step: int) -> None:
+    """Makes one step's batches here: what is wrong with prompts, lengths or negatives shows before workers start."""
+    if step < job.config.train.steps:
+        make_maker(job, tokenizer, 0, 1).step(step)
 
 
 def _tokenizer_texts(prepared: PreparedData, tasks: tuple[str, ...]) -> Iterator[str]:
@@ -142,17 +151,31 @@ def _fit(job: TrainJob) -> None:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise _translate(error) from error
+        except SystemExit as error:  # Ray Train's own handler of Ctrl-C
+            raise KeyboardInterrupt from error
 
 
 def _translate(error: Exception) -> TaskspecError:
-    causes = getattr(error, "worker_failures", {}) or {}
-    for cause in causes.values():
-        inner = getattr(cause, "cause", None) or cause
-        if isinstance(inner, TaskspecError):
-            return inner
-    first = next(iter(causes.values()), error)
-    last_line = (str(first).strip() or repr(first)).splitlines()[-1]
-    return TrainingError(f"training failed more than train.max_failures times, the last time with: {last_line}")
+    """The error of a worker as the user is to see it: our own as it is, any other by its innermost cause."""
+    failures = getattr(error, "worker_failures", None) or {0: error}
+    causes = [_innermost(failure) for failure in failures.values()]
+    for cause in causes:
+        if isinstance(cause, TaskspecError):
+            return cause
+    text = " ".join(str(causes[0]).split())
+    return TrainingError(
+        f"training failed more than train.max_failures times, the last time with {type(causes[0]).__name__}: "
+        f"{text[-400:]}; the workers' logs are in Ray's session folder, by default /tmp/ray/session_latest/logs"
+    )
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """Ray wraps what a worker raised, and what an actor raised to the worker, each in another attribute."""
+    while True:
+        inner = getattr(error, "_base_exc", None) or getattr(error, "cause", None) or error.__cause__
+        if not isinstance(inner, BaseException) or inner is error:
+            return error
+        error = inner
 
 
 def _worker(settings: dict[str, Any]) -> None:
