@@ -75,14 +75,14 @@ def run_pipeline(config: Config, arms: Sequence[str]) -> Result:
     """Makes what is missing and evaluates all arms beside BM25. Raises: what its stages raise."""
     from taskspec import cluster
     from taskspec.data.prepared import PreparedData
-    from taskspec.evaluate.run import publish_evaluation
+    from taskspec.evaluate.run import EvaluationTable, publish_evaluation
     from taskspec.negatives.bm25 import BM25
     from taskspec.retrieve.retriever import Retriever
 
     plans = {arm: arm_configs(config, arm) for arm in arms}
     cluster.connect(config.cluster)
     inputs = make_inputs(config)
-    trained = {arm: {task: make_index(one, inputs) for task, one in runs.items()} for arm, runs in plans.items()}
+    trained = {arm: {task: train_and_index(one, inputs) for task, one in runs.items()} for arm, runs in plans.items()}
 
     prepared = PreparedData.open(inputs.prepared)
     systems: dict[str, Searcher | dict[str, Searcher]] = {"bm25": BM25.build(prepared)}
@@ -94,7 +94,10 @@ def run_pipeline(config: Config, arms: Sequence[str]) -> Result:
             ids["/".join(filter(None, ["index", arm, task]))] = store.read_manifest(one.index, "index").id
         systems[arm] = opened.get("", opened)
     evaluation = store.join(config.artifacts, "evaluation")
-    table = publish_evaluation(evaluation, systems, prepared, config, inputs=ids)
+    if stands(evaluation, "evaluation", config, {"prepared": prepared.id, **ids}, ("evaluate",)):
+        table = EvaluationTable.open(evaluation)
+    else:
+        table = publish_evaluation(evaluation, systems, prepared, config, inputs=ids)
     return Result(inputs.prepared, evaluation, table, trained, systems)
 
 
@@ -154,7 +157,7 @@ def stands(uri: str, kind: str, config: Config, inputs: dict[str, str], sections
     return same
 
 
-def make_index(config: Config, inputs: Inputs) -> Trained:
+def train_and_index(config: Config, inputs: Inputs) -> Trained:
     """Trains one run and builds the index of its best checkpoint."""
     from taskspec.index.build import build_index
     from taskspec.train.checkpoint import training_identity

@@ -1,4 +1,4 @@
-"""The whole product on a generated world: train, compare, report, serve, ask; about six minutes on two cores."""
+"""The whole product on a generated world: train, compare, report, serve, ask; six to seven minutes on two cores."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def serving(settings: Path) -> Iterator[str]:
         yield url
     finally:
         with suppress(ProcessLookupError):
-            server.send_signal(signal.SIGINT)
+            server.terminate()  # SIGINT would be ignored where this was started in the background
         try:
             server.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:

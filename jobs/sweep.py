@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from jobs import cli
-from jobs.pipeline import Inputs, changed, make_index, make_inputs
+from jobs.pipeline import Inputs, changed, make_inputs, train_and_index
 from taskspec import store
 from taskspec.config import Config
 from taskspec.errors import TrainingError
@@ -88,7 +88,7 @@ def measure(config: Config, inputs: Inputs) -> dict[str, Any]:
     from taskspec.evaluate.run import EvaluationTable, evaluate
     from taskspec.retrieve.retriever import Retriever
 
-    trained = make_index(config, inputs)
+    trained = train_and_index(config, inputs)
     prepared = PreparedData.open(inputs.prepared)
     retriever = Retriever.open(trained.checkpoint, trained.index)
     method = config.specialization.method

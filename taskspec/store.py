@@ -214,40 +214,6 @@ def remove(uri: str) -> None:
             shutil.rmtree(uri)
 
 
-def compare_and_swap(uri: str, expected: bytes | None, content: bytes) -> bool:
-    """Writes a small file if it still holds `expected` (None: if it is not there). Returns: whether it did.
-
-    Local files are guarded by an exclusive lock file, S3 objects by If-Match and If-None-Match.
-    """
-    if not is_s3(uri):
-        import fcntl
-
-        Path(uri).parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{uri}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            current = read_bytes(uri) if exists(uri) else None
-            if current != expected:
-                return False
-            write_bytes(uri, content)
-            return True
-    bucket, key = _split(uri)
-    condition: dict[str, str] = {"IfNoneMatch": "*"}
-    with _named(uri, "written"):
-        try:
-            if expected is not None:
-                current = _s3().get_object(Bucket=bucket, Key=key)
-                if current["Body"].read() != expected:
-                    return False
-                condition = {"IfMatch": current["ETag"]}
-            _s3().put_object(Bucket=bucket, Key=key, Body=content, **condition)
-        except Exception as error:
-            status = getattr(error, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode")
-            if status in (404, 409, 412):
-                return False
-            raise
-    return True
-
-
 def file_sha256(path: str | Path) -> str:
     """sha256 (hex) of a local file, read in pieces."""
     with open(path, "rb") as file:

@@ -10,23 +10,17 @@ import pytest
 import safetensors.torch
 import torch
 
-from jobs.pipeline import Inputs, run_pipeline
+from jobs.pipeline import Inputs, changed, run_pipeline
 from jobs.sweep import sweep
 from taskspec import store
-from taskspec.config import Config, parse_config
+from taskspec.config import parse_config
 from taskspec.data.prepared import PreparedData
+from taskspec.errors import TrainingError
 from taskspec.train.checkpoint import STATE_FILE, read_run
 from taskspec.train.launch import train
 from taskspec.train.worker import TrainJob, read_metrics
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(900)]
-
-
-def with_keys(config: Config, **sections) -> Config:
-    tree = config.model_dump(mode="json")
-    for name, values in sections.items():
-        tree[name] = tree[name] | values if isinstance(values, dict) else values
-    return parse_config(tree, "test")
 
 
 def kill_a_worker_after(job: TrainJob, step: int, killed: list[int]) -> None:
@@ -55,7 +49,7 @@ def test_a_run_with_a_killed_worker_recovers_by_itself_and_ends_with_the_same_bi
     tiny_config, tiny_prepared: PreparedData, tmp_path
 ):
     """Two workers, dropout on, a checkpoint every 20 steps; one worker dies between two of them."""
-    config = with_keys(
+    config = changed(
         tiny_config,
         contrastive={"negatives": 0},
         model={"dropout": 0.1},
@@ -83,18 +77,18 @@ def test_a_run_with_a_killed_worker_recovers_by_itself_and_ends_with_the_same_bi
 
 
 def test_a_worker_that_always_fails_ends_the_run_with_its_own_message(tiny_config, tiny_prepared, tmp_path):
-    config = with_keys(
+    config = changed(
         tiny_config,
         contrastive={"negatives": 0, "temperature": 1e-30},
         train={"steps": 3, "max_failures": 0, "workers": 1},
     )
     job = TrainJob(config, tiny_prepared.artifact.uri, None, str(tmp_path / "run"))
-    with pytest.raises(Exception, match=r"step 0: the gradient of .* is not finite; lower train\.learning_rate"):
+    with pytest.raises(TrainingError, match=r"step 0: the gradient of .* is not finite; lower train\.learning_rate"):
         train(job)
 
 
 def test_a_pipeline_makes_every_stage_once_and_a_second_run_nothing(tiny_config, ray_cluster, tmp_path, capfd):
-    config = with_keys(tiny_config, artifacts=str(tmp_path / "artifacts"))
+    config = changed(tiny_config, artifacts=str(tmp_path / "artifacts"))
     first = run_pipeline(config, ["untrained", "mean"])
     assert first.table.systems == ("bm25", "untrained", "mean")
     made = {name: os.stat(name).st_mtime_ns for name in store.list_files(config.artifacts) if "index" in name}
@@ -102,7 +96,7 @@ def test_a_pipeline_makes_every_stage_once_and_a_second_run_nothing(tiny_config,
     again = run_pipeline(config, ["untrained", "mean"])
     said = capfd.readouterr().out
     assert again.table == first.table
-    assert said.count("stands already") == 4, said  # prepared data, negatives, two indexes
+    assert said.count("stands already") == 5, said  # prepared data, negatives, two indexes, the evaluation
     assert {name: os.stat(name).st_mtime_ns for name in made} == made
 
 
@@ -110,14 +104,14 @@ def test_single_is_one_retriever_per_task_in_one_column(tiny_config, ray_cluster
     tree = tiny_config.model_dump(mode="json")
     tree["tasks"] = [task for task in tree["tasks"] if task["name"] in ("nq", "fever")]
     tree |= {"artifacts": str(tmp_path / "artifacts")}
-    config = with_keys(parse_config(tree, "test"), train={"steps": 2, "workers": 1})
+    config = changed(parse_config(tree, "test"), train={"steps": 2, "workers": 1})
     result = run_pipeline(config, ["single"])
     assert set(result.arms["single"]) == {"nq", "fever"}
     assert result.table.average("single") is not None
 
 
 def test_a_sweep_makes_one_row_per_strength_and_seed_and_strength_0_is_mean(tiny_config, tiny_prepared, tmp_path):
-    config = with_keys(
+    config = changed(
         tiny_config,
         artifacts=str(tmp_path / "artifacts"),
         contrastive={"negatives": 0},
@@ -128,7 +122,14 @@ def test_a_sweep_makes_one_row_per_strength_and_seed_and_strength_0_is_mean(tiny
     rows = sweep(config, inputs)
     assert [(row["strength"], row["seed"]) for row in rows] == [(0.0, 0), (2.0, 0)]
     assert all(0 <= row["average"] <= 1 for row in rows)
-    mean = TrainJob(with_keys(config, specialization={"method": "mean"}), inputs.prepared, None, str(tmp_path / "mean"))
+    mean = TrainJob(changed(config, specialization={"method": "mean"}), inputs.prepared, None, str(tmp_path / "mean"))
     weights = safetensors.torch.load_file(store.join(train(mean).best_uri, "model.safetensors"))
     strength_0 = safetensors.torch.load_file(store.join(rows[0]["checkpoint"], "model.safetensors"))
     assert all(torch.equal(value, strength_0[name]) for name, value in weights.items())
+
+
+def test_ray_train_runs_with_its_run_folder_on_s3(tiny_config, tiny_prepared, s3_bucket):
+    config = changed(tiny_config, contrastive={"negatives": 0}, train={"steps": 4, "workers": 2})
+    run = train(TrainJob(config, tiny_prepared.artifact.uri, None, f"{s3_bucket}/ray-train/run"))
+    assert run.finished
+    assert not store.list_files(store.join(run.uri, "ray"))

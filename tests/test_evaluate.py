@@ -20,7 +20,7 @@ from jobs import evaluate as job
 from taskspec import store
 from taskspec.config import Config, Evaluate, load_config, parse_config
 from taskspec.data.prepared import KIND, PASSAGE_SCHEMA, QUERY_SCHEMA, PreparedData
-from taskspec.errors import ArtifactError, ConfigError, DataError, StoreError
+from taskspec.errors import ConfigError, DataError, StoreError
 from taskspec.evaluate.run import (
     EvaluationTable,
     TaskScores,
@@ -261,19 +261,12 @@ def test_a_table_survives_json():
     assert json.loads(text)["average"] == {"bm25": {"Rprec": pytest.approx(0.95 / 3)}}
 
 
-def test_merged_tables_hold_all_rows_and_a_shared_one_once():
+def test_a_system_that_lacks_a_task_has_no_average():
     bm25, nq, fever = scores("nq", "bm25", 0.2), scores("nq", "single", 0.5), scores("fever", "single", 0.7)
-    merged = EvaluationTable.merge([EvaluationTable((bm25, nq)), EvaluationTable((bm25, fever))])
-    assert merged.rows == (bm25, nq, fever)
+    merged = EvaluationTable((bm25, nq, fever))
     assert (merged.tasks, merged.systems) == (("nq", "fever"), ("bm25", "single"))
     assert merged.average("single") == pytest.approx(0.6)
     assert merged.average("bm25") is None
-
-
-def test_tables_that_disagree_are_not_merged():
-    tables = [EvaluationTable((scores("nq", "taco", value),)) for value in (0.5, 0.6)]
-    with pytest.raises(ArtifactError, match=r"disagree on system 'taco', task 'nq' \(R-precision 0.5000 against 0.60"):
-        EvaluationTable.merge(tables)
 
 
 def test_a_table_shows_only_metrics_that_all_rows_have():

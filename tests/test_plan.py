@@ -56,10 +56,6 @@ def test_a_task_s_order_does_not_depend_on_other_tasks():
     assert alone.random("a", 5).integers(100) == among.random("a", 5).integers(100)
 
 
-def test_epochs_seen():
-    assert Plan(0, {"a": 50}, {"a": 5}).epochs("a", 20) == 2.0
-
-
 @given(st.integers(0, 50), st.integers(1, 9))
 def test_worker_slices_cover_a_batch_without_overlap_and_evenly(count, workers):
     parts = [range(count)[worker_slice(count, rank, workers)] for rank in range(workers)]

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taskspec.config import Specialization
+from taskspec.errors import TrainingError
 from taskspec.specialize import sensitivity as s
 from taskspec.specialize.methods import Mean, Taco, make_method
 
@@ -201,7 +202,7 @@ def test_state_of_other_tasks_is_refused_and_own_state_resumes():
     assert torch.equal(
         first.update(theta, grads, describe=False).grad_P, second.update(theta, grads, describe=False).grad_P
     )
-    with pytest.raises(Exception, match=r"average_TP is \(2, 20\), this run needs \(3, 20\)"):
+    with pytest.raises(TrainingError, match=r"average_TP is \(2, 20\), this run needs \(3, 20\)"):
         make_method(config, ["a", "b", "c"], theta, 5).load(first.state())
-    with pytest.raises(Exception, match=r"average_TP is none"):
+    with pytest.raises(TrainingError, match=r"average_TP is none"):
         make_method(config, ["a", "b"], theta, 5).load({})

@@ -5,7 +5,6 @@ import errno
 import gzip
 import io
 import json
-import threading
 from pathlib import Path
 
 import pytest
@@ -119,35 +118,6 @@ def test_a_fingerprint_follows_the_content(root):
     second = store.fingerprint(uri)
     store.write_bytes(uri, b"one")
     assert store.fingerprint(uri) == first != second
-
-
-def test_compare_and_swap_writes_only_over_what_it_expects(root):
-    uri = store.join(root, "alias.json")
-    assert not store.compare_and_swap(uri, b"v0", b"v1")
-    assert store.compare_and_swap(uri, None, b"v1")
-    assert not store.compare_and_swap(uri, None, b"v2")
-    assert not store.compare_and_swap(uri, b"v0", b"v2")
-    assert store.read_bytes(uri) == b"v1"
-    assert store.compare_and_swap(uri, b"v1", b"v2")
-    assert store.read_bytes(uri) == b"v2"
-
-
-def test_of_many_that_swap_at_once_each_version_has_one_winner(tmp_path):
-    uri = str(tmp_path / "alias.json")
-    wins = []
-
-    def swap(name):
-        for version in range(20):
-            expected = f"{version - 1}".encode() if version else None
-            if store.compare_and_swap(uri, expected, f"{version}".encode()):
-                wins.append((version, name))
-
-    threads = [threading.Thread(target=swap, args=(name,)) for name in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(version for version, _ in wins) == list(range(20))
 
 
 def test_an_artifact_has_its_files_and_a_manifest(root):

@@ -8,8 +8,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from jobs.pipeline import changed
 from taskspec import store
-from taskspec.config import Config, parse_config
+from taskspec.config import Config
 from taskspec.data.prepared import PreparedData
 from taskspec.errors import ArtifactError, ConfigError, DataError, TrainingError
 from taskspec.train.checkpoint import STATE_FILE, open_encoder, read_contract, read_run
@@ -18,16 +19,9 @@ from taskspec.train.step import learning_rate_factor
 from taskspec.train.worker import TrainJob, console_line, local_batches, make_plan, read_metrics, train_worker
 
 
-def with_keys(config: Config, **sections) -> Config:
-    tree = config.model_dump(mode="json")
-    for name, values in sections.items():
-        tree[name] = tree[name] | values if isinstance(values, dict) else values
-    return parse_config(tree, "test")
-
-
 @pytest.fixture(scope="module")
 def config(tiny_config: Config) -> Config:
-    return with_keys(
+    return changed(
         tiny_config,
         contrastive={"negatives": 0},
         model={"dropout": 0.1},
@@ -109,7 +103,7 @@ def test_a_line_has_every_task_and_fits_a_terminal(job, config):
 
 
 def test_training_lowers_the_loss(job):
-    job = replace(job, config=with_keys(job.config, model={"dropout": 0.0}, train={"steps": 30, "learning_rate": 3e-3}))
+    job = replace(job, config=changed(job.config, model={"dropout": 0.0}, train={"steps": 30, "learning_rate": 3e-3}))
     start_run(job)
     train_worker(job)
     lines = read_metrics(job.run)
@@ -118,7 +112,7 @@ def test_training_lowers_the_loss(job):
 
 
 def test_zero_steps_publish_the_untrained_encoder(job):
-    run = start_run(replace(job, config=with_keys(job.config, train={"steps": 0})))
+    run = start_run(replace(job, config=changed(job.config, train={"steps": 0})))
     assert run.finished
     assert open_encoder(run.best_uri).embed_queries("nq", ["who"])[0].shape == (1, job.config.model.scratch.width)
 
@@ -126,17 +120,17 @@ def test_zero_steps_publish_the_untrained_encoder(job):
 def test_two_runs_of_one_seed_start_from_the_same_bits_and_another_seed_from_others(job, tmp_path):
     first = start_run(job)
     again = start_run(replace(job, run=str(tmp_path / "again")))
-    other = start_run(replace(job, run=str(tmp_path / "other"), config=with_keys(job.config, seed=job.config.seed + 1)))
+    other = start_run(replace(job, run=str(tmp_path / "other"), config=changed(job.config, seed=job.config.seed + 1)))
     assert read_contract(first.last_uri).weights == read_contract(again.last_uri).weights
     assert read_contract(first.last_uri).weights != read_contract(other.last_uri).weights
 
 
 def test_a_run_of_another_configuration_is_refused_by_key(job):
     start_run(job)
-    changed = replace(job, config=with_keys(job.config, specialization={"strength": 3.0}))
+    stronger = replace(job, config=changed(job.config, specialization={"strength": 3.0}))
     with pytest.raises(TrainingError, match=r"other values of specialization\.strength; take them back, or"):
-        start_run(changed)
-    start_run(replace(job, config=with_keys(job.config, train={"log_every": 1, "workers": 2})))  # may change
+        start_run(stronger)
+    start_run(replace(job, config=changed(job.config, train={"log_every": 1, "workers": 2})))  # may change
 
 
 def test_a_run_on_other_prepared_data_is_refused(job, tmp_path):
@@ -159,7 +153,7 @@ def test_an_altered_checkpoint_is_refused_by_file(job):
 
 
 def test_negatives_that_are_asked_for_but_not_given_are_refused(job):
-    wanting = replace(job, config=with_keys(job.config, contrastive={"negatives": 2}))
+    wanting = replace(job, config=changed(job.config, contrastive={"negatives": 2}))
     with pytest.raises(DataError, match=r"contrastive\.negatives is 2 but no negatives are given; mine them"):
         start_run(wanting)
 
@@ -167,14 +161,12 @@ def test_negatives_that_are_asked_for_but_not_given_are_refused(job):
 def test_a_task_without_train_queries_is_refused(job):
     extra = [*job.config.model_dump(mode="json")["tasks"], {"name": "unheard"}]
     with pytest.raises(ConfigError, match=r"tasks\.unheard: the prepared data has no train queries of it"):
-        start_run(replace(job, config=with_keys(job.config, tasks=extra)))
+        start_run(replace(job, config=changed(job.config, tasks=extra)))
 
 
 def test_single_trains_one_task_with_the_queries_it_gets_among_all(job, tiny_prepared):
     together = make_plan(job.config, tiny_prepared)
-    alone = make_plan(
-        with_keys(job.config, specialization={"method": "single"}, train={"tasks": ["nq"]}), tiny_prepared
-    )
+    alone = make_plan(changed(job.config, specialization={"method": "single"}, train={"tasks": ["nq"]}), tiny_prepared)
     assert alone.batch == {"nq": together.batch["nq"]}
     assert alone.rows("nq", 5).tolist() == together.rows("nq", 5).tolist()
 
@@ -200,4 +192,17 @@ def test_learning_rate_rises_then_falls_to_zero():
 
 
 def test_a_run_needs_a_cpu_per_worker_and_some_for_its_data(config):
-    assert [needed_cpus(with_keys(config, train={"workers": n})) for n in (1, 2, 8)] == [3, 4, 11]
+    assert [needed_cpus(changed(config, train={"workers": n})) for n in (1, 2, 8)] == [3, 4, 11]
+
+
+def test_a_run_lives_on_s3_as_on_disk(config, tiny_prepared, s3_bucket):
+    job = TrainJob(config, tiny_prepared.artifact.uri, None, f"{s3_bucket}/train/run")
+    start_run(job)
+    with pytest.raises(Interrupted):
+        train_worker(job, batches=breaking_at(5))
+    train_worker(job)
+    run = read_run(job.run)
+    assert run.finished
+    assert [line["step"] for line in read_metrics(job.run)] == [2, 4, 6, 8]
+    assert open_encoder(run.best_uri).embed_queries("nq", ["who"])[0].shape == (1, config.model.scratch.width)
+    assert any("tfevents" in name for name in store.list_files(job.run))

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from jobs.pipeline import changed
 from taskspec.config import Config, parse_config
 from taskspec.data.batches import BatchMaker, GivenNegatives
 from taskspec.data.plan import Plan
@@ -72,10 +73,14 @@ def run_worker(rank: int, workers: int, folder: str, config: Config, prepared: P
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("method", ["mean", "taco"])
-@pytest.mark.parametrize("workers", [2, 4])
-def test_workers_with_parts_of_a_batch_match_one(method, workers, tiny_config, tiny_prepared, negatives, tmp_path):
-    config = configure(tiny_config, method)
+@pytest.mark.parametrize(
+    ("method", "workers", "pooling"),
+    [("mean", 2, "mean"), ("taco", 2, "mean"), ("mean", 4, "mean"), ("taco", 4, "mean"), ("taco", 2, "first")],
+)
+def test_workers_with_parts_of_a_batch_match_one(
+    method, workers, pooling, tiny_config, tiny_prepared, negatives, tmp_path
+):
+    config = changed(configure(tiny_config, method), model={"pooling": pooling})
     alone = train(config, tiny_prepared, negatives, 0, 1)
     mp.spawn(run_worker, (workers, str(tmp_path), config, tiny_prepared, negatives), nprocs=workers)
     together = [torch.load(tmp_path / f"{rank}.pt") for rank in range(workers)]
@@ -115,3 +120,41 @@ def test_filling_rows_change_nothing(tiny_config, tiny_prepared, negatives):
     assert sum(float(part.query_weight_B.sum()) for part in parts) == pytest.approx(1.0)
     assert parts[3].query_weight_B.tolist() == [0.0]
     assert parts[3].passage_page_N.tolist() == [-1, -1, -1]
+
+
+def resume_in_the_middle(rank: int, workers: int, folder: str, config: Config, prepared: PreparedData) -> None:
+    """Three steps unbroken; and the last of them again by a trainer that starts from the state before it."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=workers)
+    texts = prepared.passages.take(range(100), ["text"])["text"]
+    plan = Plan(0, {task: len(prepared.queries(task, "train")) for task in SIZES}, SIZES)
+    encoder, tokenizer = build_encoder(config.model, texts, seed=0)
+    tokenize = text_tokenizer(config, tokenizer)
+    maker = BatchMaker(plan, prepared, tokenize, negatives=None, negatives_per_query=0, rank=rank, workers=workers)
+    trainer = Trainer(config, encoder, torch.device("cpu"))
+    trainer.settle(maker.step(0))
+    for step in range(STEPS - 1):
+        trainer.step(step, maker.step(step))
+    weights = {name: value.clone() for name, value in encoder.state_dict().items()}
+    state = {name: value.clone() for name, value in trainer.state().items()}
+    trainer.step(STEPS - 1, maker.step(STEPS - 1))
+
+    again, _ = build_encoder(config.model, texts, seed=1)
+    again.load_state_dict(weights)
+    resumed = Trainer(config, again, torch.device("cpu"))
+    resumed.load(state)
+    resumed.settle(maker.step(STEPS - 1))
+    resumed.step(STEPS - 1, maker.step(STEPS - 1))
+    torch.save([trainer.flat.theta_P, resumed.flat.theta_P], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_three_workers_resume_to_the_same_bits(tiny_config, tiny_prepared, tmp_path):
+    """With three, a sum depends on the order in which the ring adds, and that on how DDP packs its buckets."""
+    tree = configure(tiny_config, "taco").model_dump(mode="json")
+    tree["model"] |= {"dropout": 0.1, "scratch": {"vocabulary": 600, "width": 128, "layers": 4, "heads": 2}}
+    config = parse_config(tree, "test")
+    mp.spawn(resume_in_the_middle, (3, str(tmp_path), config, tiny_prepared), nprocs=3)
+    for rank in range(3):
+        unbroken, resumed = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.equal(unbroken, resumed)

@@ -73,10 +73,6 @@ class Plan:
         """The source of a step's draws (positives, negatives): the same on every worker."""
         return np.random.default_rng([self.seed, zlib.crc32(task.encode()), 1, step])
 
-    def epochs(self, task: str, steps: int) -> float:
-        """How often each query of a task is seen in that many steps."""
-        return steps * self.batch[task] / self.sizes[task]
-
 
 @lru_cache(maxsize=64)
 def _permutation(seed: int, task: str, epoch: int, size: int) -> np.ndarray:

@@ -93,18 +93,13 @@ def grouped_ranking(guessed_pages: Sequence[str], evidence_sets: EvidenceSets) -
     return places
 
 
-def metric_names(at: Iterable[int]) -> list[str]:
-    """The keys of `query_metrics`: R-precision, then three for each k, ascending."""
-    kinds = ("precision", "recall", "success_rate")
-    return [RPREC, *(f"{kind}@{k}" for k in sorted(set(at)) for kind in kinds)]
-
-
 def query_metrics(guessed_pages: Sequence[str], evidence_sets: EvidenceSets, at: Iterable[int]) -> dict[str, float]:
     """All metrics of one query.
 
     Args: guessed_pages: best first. at: the k of precision@k, recall@k and success_rate@k, each ≥ 1.
-    Returns: `metric_names(at)` → 0 to 1. precision@k divides by k even where fewer pages are guessed; recall@k by the
-        number of distinct evidence sets, an empty one included, which nothing can complete.
+    Returns: `Rprec`, then `precision@k`, `recall@k` and `success_rate@k` for each k, ascending; all 0 to 1.
+        precision@k divides by k even where fewer pages are guessed; recall@k by the number of distinct evidence sets,
+        an empty one included, which nothing can complete.
     """
     places = grouped_ranking(guessed_pages, evidence_sets)
     sets = len(distinct_sets(evidence_sets))

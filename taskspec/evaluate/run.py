@@ -22,7 +22,7 @@ import numpy as np
 
 from taskspec import store
 from taskspec.config import Config, Evaluate
-from taskspec.errors import ArtifactError, ConfigError, DataError
+from taskspec.errors import ConfigError, DataError
 from taskspec.evaluate.metrics import RPREC, average, query_metrics
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class TaskScores:
     system: str
     queries: int
     metrics: Mapping[str, float]
-    """`metrics.metric_names` → mean over the queries, 0 to 1."""
+    """The keys of `metrics.query_metrics` → mean over the queries, 0 to 1."""
     per_query_rprec: tuple[float, ...]
     """R-precision of each query, in the order of the task's files, so that systems can be compared query by query."""
 
@@ -80,22 +80,6 @@ class EvaluationTable:
         compare with the others'."""
         scores = [score for task in self.tasks if (score := self.score(task, system, metric)) is not None]
         return sum(scores) / len(scores) if len(scores) == len(self.tasks) else None
-
-    @staticmethod
-    def merge(tables: Sequence[EvaluationTable]) -> EvaluationTable:
-        """One table of all rows; the same row may come twice.
-
-        Raises: ArtifactError if two tables give different scores to one system on one task.
-        """
-        rows: dict[tuple[str, str], TaskScores] = {}
-        for row in (row for table in tables for row in table.rows):
-            earlier = rows.setdefault((row.task, row.system), row)
-            if earlier != row:
-                raise ArtifactError(
-                    f"two evaluations disagree on system {row.system!r}, task {row.task!r} (R-precision "
-                    f"{earlier.metrics[RPREC]:.4f} against {row.metrics[RPREC]:.4f}); give one of them another name"
-                )
-        return EvaluationTable(tuple(rows.values()))
 
     def to_text(self, width: int = 120) -> str:
         """For a terminal, in percent: R-precision, and below it recall at the two largest k if that fits `width`."""

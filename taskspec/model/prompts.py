@@ -20,13 +20,8 @@ MENTION_START, MENTION_END = "[START_ENT]", "[END_ENT]"
 
 
 def query_text(prompts: Prompts, task: ContractTask, text: str) -> str:
-    """The query that a task's input becomes, uncut."""
-    return query_prefix(prompts, task) + text
-
-
-def query_prefix(prompts: Prompts, task: ContractTask) -> str:
-    """What stands before the input; it is never cut."""
-    return prompts.query.removesuffix("{text}").format(prompt=task.prompt)
+    """The query that a task's input becomes, uncut. The text stands last (`Prompts` sees to it)."""
+    return prompts.query.format(prompt=task.prompt, text=text)
 
 
 def passage_text(prompts: Prompts, title: str, text: str) -> str:
@@ -62,7 +57,8 @@ class TextTokenizer:
         self.tasks = {task.name: task for task in tasks}
         self.max_passage_tokens = max_passage_tokens
         self._head, self._tail = _special_tokens(tokenizer)
-        self._prefixes = {task.name: self._plain(query_prefix(prompts, task)) for task in tasks}
+        # What stands before the text is never cut, so it is tokenized by itself.
+        self._prefixes = {task.name: self._plain(query_text(prompts, task, "")) for task in tasks}
         for task in tasks:
             room = task.max_query_tokens - self._overhead(task.name)
             if room < 1:

@@ -7,7 +7,6 @@ queries and N passages of one worker. DDP sums the gradients; every worker ends 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -42,15 +41,6 @@ class TaskLoss(nn.Module):
         return loss_B @ weight_B, correct_B.to(loss_B.dtype) @ weight_B
 
 
-@dataclass(frozen=True)
-class Slot:
-    """Where one parameter lies in the vector of all: [start, stop)."""
-
-    name: str
-    start: int
-    stop: int
-
-
 class FlatParameters:
     """All trainable parameters of a module as views of one vector, and their gradients as views of another.
 
@@ -59,21 +49,20 @@ class FlatParameters:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._parameters = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        self.theta_P = torch.cat([p.detach().reshape(-1) for _, p in self._parameters])
-        self.slots: list[Slot] = []
-        start = 0
-        for name, parameter in self._parameters:
-            stop = start + parameter.numel()
-            self.slots.append(Slot(name, start, stop))
-            parameter.data = self.theta_P[start:stop].view_as(parameter)
-            start = stop
+        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        self.theta_P = torch.cat([p.detach().reshape(-1) for p in self._parameters])
+        for parameter, theta in zip(self._parameters, self._pieces(self.theta_P), strict=True):
+            parameter.data = theta.view_as(parameter)
 
     def collect_gradients_in(self, grad_P: Tensor) -> None:
         """Zeroes `grad_P` and lets the next backward passes add into it."""
         grad_P.zero_()
-        for (_, parameter), slot in zip(self._parameters, self.slots, strict=True):
-            parameter.grad = grad_P[slot.start : slot.stop].view_as(parameter)
+        for parameter, grad in zip(self._parameters, self._pieces(grad_P), strict=True):
+            parameter.grad = grad.view_as(parameter)
+
+    def _pieces(self, vector_P: Tensor) -> Sequence[Tensor]:
+        """One view for each parameter."""
+        return torch.split(vector_P, [parameter.numel() for parameter in self._parameters])
 
 
 def task_gradients(

@@ -6,9 +6,8 @@ Path: prepared data, negatives → [here] → the run's best checkpoint.
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 import threading
+import uuid
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -135,24 +134,26 @@ def _fit(job: TrainJob) -> None:
     from ray.train.torch import TorchTrainer
 
     config = job.config.train
-    with tempfile.TemporaryDirectory() as scratch:
-        storage = scratch if os.environ.get("RAY_ADDRESS") is None else store.join(job.run, "ray")
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config={"job": job},
-            scaling_config=ray.train.ScalingConfig(num_workers=config.workers, use_gpu=config.gpu),
-            run_config=ray.train.RunConfig(
-                name="train",
-                storage_path=storage,
-                failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-            ),
-        )
-        try:
-            trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            raise _translate(error) from error
-        except SystemExit as error:  # Ray Train's own handler of Ctrl-C
-            raise KeyboardInterrupt from error
+    # Ray Train wants a place that all nodes see; what a run needs to go on is in our own checkpoints.
+    storage = store.join(job.run, "ray")
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"job": job},
+        scaling_config=ray.train.ScalingConfig(num_workers=config.workers, use_gpu=config.gpu),
+        run_config=ray.train.RunConfig(
+            name=uuid.uuid4().hex,  # under the name of an earlier start, Ray would go on from that one's state
+            storage_path=storage,
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise _translate(error) from error
+    except SystemExit as error:  # Ray Train's own handler of Ctrl-C
+        raise KeyboardInterrupt from error
+    finally:
+        store.remove(storage)
 
 
 def _translate(error: Exception) -> TaskspecError:
