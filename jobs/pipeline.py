@@ -1,32 +1,35 @@
 """The whole path by URIs: prepare → BM25 negatives → train → index → evaluate; what exists is not made again.
 
-An arm is one way to train: `untrained`, `mean`, `taco`, or `single`, which is one retriever per task.
-A run is found again by what decides its weights, so a changed configuration trains beside the old run.
+A run is found again by what decides its weights, so a changed configuration trains beside the old run. Several ways to
+train are compared by `jobs.sweep`.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jobs import cli
 from taskspec import store
-from taskspec.config import Config, canonical_sha256, parse_config
-from taskspec.errors import ConfigError
+from taskspec.config import Config, canonical_sha256
 
 if TYPE_CHECKING:
     from taskspec.evaluate.run import EvaluationTable
     from taskspec.retrieve.retriever import Searcher
-
-ARMS = ("untrained", "mean", "taco", "single")
+    from taskspec.train.checkpoint import Run
 
 
 class Inputs(NamedTuple):
-    """URIs that every arm starts from."""
+    """URIs that every run starts from."""
 
     prepared: str
     negatives: str | None
+
+    def ids(self) -> list[str]:
+        """Of the artifacts, in the order of the fields."""
+        ids = [store.read_manifest(self.prepared, "prepared-data").id]
+        return [*ids, store.read_manifest(self.negatives, "negatives").id] if self.negatives else ids
 
 
 class Trained(NamedTuple):
@@ -43,87 +46,55 @@ class Result(NamedTuple):
     prepared: str
     evaluation: str
     table: EvaluationTable
-    arms: dict[str, dict[str, Trained]]
-    """Arm → task → run for `single`, and arm → "" → run for all others."""
+    trained: dict[str, Trained]
+    """By system."""
     systems: dict[str, Searcher | dict[str, Searcher]]
-    """What was evaluated, opened: BM25 and the arms."""
+    """What was evaluated, opened: BM25 and the trained ones."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    result = cli.parser("Run everything from KILT files to an evaluation table; run again to go on.")
-    result.add_argument(
-        "--arms",
-        nargs="+",
-        choices=ARMS,
-        metavar="ARM",
-        help=f"what to train and compare: {', '.join(ARMS)}; default: the configuration's method",
-    )
-    return result
+    return cli.parser("Run everything from KILT files to an evaluation table; run again to go on.")
 
 
 def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Returns: `uri` of the evaluation, and for each arm the URIs of its checkpoint and index."""
-    arguments = build_parser().parse_args(argv)
-    config = cli.configuration(arguments)
-    result = run_pipeline(config, arguments.arms or [config.specialization.method])
+    """Returns: `uri` of the evaluation, and the URIs of run, checkpoint and index."""
+    config = cli.configuration(build_parser().parse_args(argv))
+    system = config.specialization.method if config.train.steps else "untrained"
+    result = run_pipeline(config, {system: config})
     print(f"\n{result.table.to_text()}\n", flush=True)
-    arms = {arm: {task: trained._asdict() for task, trained in runs.items()} for arm, runs in result.arms.items()}
-    return {"uri": result.evaluation, "arms": arms}
+    return {"uri": result.evaluation, **result.trained[system]._asdict()}
 
 
-def run_pipeline(config: Config, arms: Sequence[str]) -> Result:
-    """Makes what is missing and evaluates all arms beside BM25. Raises: what its stages raise."""
+def run_pipeline(config: Config, systems: Mapping[str, Config]) -> Result:
+    """Makes what is missing and evaluates every system beside BM25.
+
+    Args: config: of the inputs and the evaluation. systems: name → configuration to train.
+    Raises: what its stages raise.
+    """
     from taskspec import cluster
     from taskspec.data.prepared import PreparedData
     from taskspec.evaluate.run import EvaluationTable, publish_evaluation
     from taskspec.negatives.bm25 import BM25
     from taskspec.retrieve.retriever import Retriever
 
-    plans = {arm: arm_configs(config, arm) for arm in arms}
     cluster.connect(config.cluster)
     inputs = make_inputs(config)
-    trained = {arm: {task: train_and_index(one, inputs) for task, one in runs.items()} for arm, runs in plans.items()}
+    trained = {system: train_and_index(one, inputs) for system, one in systems.items()}
 
     prepared = PreparedData.open(inputs.prepared)
-    systems: dict[str, Searcher | dict[str, Searcher]] = {"bm25": BM25.build(prepared)}
+    opened: dict[str, Searcher | dict[str, Searcher]] = {"bm25": BM25.build(prepared)}
     ids = {}
-    for arm, runs in trained.items():
-        opened: dict[str, Searcher] = {}
-        for task, one in runs.items():
-            opened[task] = Retriever.open(one.checkpoint, one.index)
-            ids["/".join(filter(None, ["index", arm, task]))] = store.read_manifest(one.index, "index").id
-        systems[arm] = opened.get("", opened)
+    for system, one in trained.items():
+        retriever = Retriever.open(one.checkpoint, one.index)
+        tasks = [task.name for task in systems[system].trained_tasks]
+        opened[system] = dict.fromkeys(tasks, retriever)
+        ids[f"index/{system}"] = store.read_manifest(one.index, "index").id
     evaluation = store.join(config.artifacts, "evaluation")
     if stands(evaluation, "evaluation", config, {"prepared": prepared.id, **ids}, ("evaluate",)):
         table = EvaluationTable.open(evaluation)
     else:
-        table = publish_evaluation(evaluation, systems, prepared, config, inputs=ids)
-    return Result(inputs.prepared, evaluation, table, trained, systems)
-
-
-def arm_configs(config: Config, arm: str) -> dict[str, Config]:
-    """The runs of an arm: task → configuration for `single`, "" → configuration for all others.
-
-    Raises: ConfigError for an arm that is not known.
-    """
-    if arm == "single":
-        return {
-            task.name: changed(config, specialization={"method": "single"}, train={"tasks": [task.name]})
-            for task in config.trained_tasks
-        }
-    if arm == "untrained":
-        return {"": changed(config, specialization={"method": "mean"}, train={"steps": 0})}
-    if arm not in ARMS:
-        raise ConfigError(f"unknown arm {arm!r}; known: {', '.join(ARMS)}")
-    return {"": changed(config, specialization={"method": arm})}
-
-
-def changed(config: Config, **changes: Any) -> Config:
-    """The configuration with some values, or some keys of some sections, replaced; checked again."""
-    tree = config.model_dump(mode="json")
-    for name, value in changes.items():
-        tree[name] = tree[name] | value if isinstance(value, dict) else value
-    return parse_config(tree, "pipeline")
+        table = publish_evaluation(evaluation, opened, prepared, config, inputs=ids)
+    return Result(inputs.prepared, evaluation, table, trained, opened)
 
 
 def make_inputs(config: Config) -> Inputs:
@@ -160,21 +131,23 @@ def stands(uri: str, kind: str, config: Config, inputs: dict[str, str], sections
 def train_and_index(config: Config, inputs: Inputs) -> Trained:
     """Trains one run and builds the index of its best checkpoint."""
     from taskspec.index.build import build_index
+
+    done = train_run(config, inputs)
+    index = store.join(config.artifacts, "indexes", done.uri.rpartition("/")[2])
+    build_index(config, done.best_uri, inputs.prepared, index)
+    return Trained(done.uri, done.best_uri, index)
+
+
+def train_run(config: Config, inputs: Inputs) -> Run:
+    """Trains, or finds trained, the run of a configuration in `<artifacts>/runs`."""
     from taskspec.train.checkpoint import training_identity
     from taskspec.train.launch import train
     from taskspec.train.worker import TrainJob
 
-    ids = [store.read_manifest(inputs.prepared, "prepared-data").id]
-    if inputs.negatives:
-        ids.append(store.read_manifest(inputs.negatives, "negatives").id)
-    key = canonical_sha256([training_identity(config), ids])[:8]
-    tasks = config.train.tasks or ()
-    name = "-".join([config.specialization.method if config.train.steps else "untrained", *tasks, key])
-    job = TrainJob(config, inputs.prepared, inputs.negatives, store.join(config.artifacts, "runs", name))
-    done = train(job)
-    index = store.join(config.artifacts, "indexes", name)
-    build_index(config, done.best_uri, inputs.prepared, index)
-    return Trained(job.run, done.best_uri, index)
+    key = canonical_sha256([training_identity(config), inputs.ids()])[:8]
+    method = config.specialization.method if config.train.steps else "untrained"
+    name = "-".join([method, *(config.train.tasks or ()), key])
+    return train(TrainJob(config, inputs.prepared, inputs.negatives, store.join(config.artifacts, "runs", name)))
 
 
 if __name__ == "__main__":

@@ -20,11 +20,15 @@ from typing import Any
 import yaml
 
 from jobs import cli
-from taskspec.config import Config
+from taskspec.config import Config, with_values
 from taskspec.errors import TaskspecError
 
 PAGES = 1500
-ARMS = ("untrained", "mean", "taco")
+SYSTEMS: dict[str, dict[str, Any]] = {
+    "untrained": {"train.steps": 0},
+    "mean": {"specialization.method": "mean"},
+    "taco": {"specialization.method": "taco"},
+}
 SERVED = "taco"
 START_TIMEOUT_S = 180
 STOP_TIMEOUT_S = 30
@@ -59,9 +63,9 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     write_world(world, pages=arguments.pages, seed=0)
 
-    stage(f"prepare, mine negatives, then train, index and evaluate: {', '.join(ARMS)}")
-    result = run_pipeline(config, ARMS)
-    served = result.arms[SERVED][""]
+    stage(f"prepare, mine negatives, then train, index and evaluate: {', '.join(SYSTEMS)}")
+    result = run_pipeline(config, {system: with_values(config, changes) for system, changes in SYSTEMS.items()})
+    served = result.trained[SERVED]
 
     stage("write the report")
     samples = sample_answers(result.systems, PreparedData.open(result.prepared))
@@ -70,7 +74,7 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
         title=f"{config.name}: one retriever, {len(config.tasks)} tasks",
         facts={"World": f"{arguments.pages:,} generated pages", "Checkpoint": served.checkpoint, "Index": served.index},
         table=result.table,
-        training={arm: read_metrics(result.arms[arm][""].run) for arm in ARMS if arm != "untrained"},
+        training={system: read_metrics(one.run) for system, one in result.trained.items() if system != "untrained"},
         answers=samples,
         config=config,
     )

@@ -1,136 +1,248 @@
-"""Sweeps specialization strength over seeds on Ray Tune: each trial trains, indexes and evaluates; one table.
+"""Compares arms over seeds on Ray Tune: each trial trains, indexes and measures; one table and one report.
 
-Runs are found again by what decides their weights, so a sweep that was interrupted, or is given more strengths or
-seeds, makes only what is missing.
+python -m jobs.sweep --config mine.yaml --arms strength
+
+Arms share the prepared data and the negatives. A finished trial is kept as a file under `<artifacts>/sweep/trials` and
+found again by what decides its numbers, so a sweep that was interrupted, or is given more arms or seeds, makes only
+what is missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jobs import cli
-from jobs.pipeline import Inputs, changed, make_inputs, train_and_index
+from jobs.pipeline import Inputs, make_inputs
 from taskspec import store
+from taskspec.arms import Arms, Candidate, expand, read_arms
 from taskspec.config import Config
 from taskspec.errors import TrainingError
+
+if TYPE_CHECKING:
+    from taskspec.evaluate.comparison import Comparison
+    from taskspec.evaluate.trials import Trial
 
 TRIAL_CPUS = 0.01
 """A trial only waits for the workers and actors that it starts; those reserve their own CPUs."""
 
 
+class Planned(NamedTuple):
+    """A trial to make or to find."""
+
+    key: str
+    """Of what decides its numbers; names its file."""
+    candidate: Candidate
+    seed: int | None
+
+
 def build_parser() -> argparse.ArgumentParser:
-    return cli.parser("Train, index and evaluate every strength of sweep.strengths with every seed of sweep.seeds.")
+    result = cli.parser("Train, index and measure every arm with every seed of sweep.seeds, and compare them.")
+    result.add_argument(
+        "--arms",
+        default="strength",
+        metavar="FILE",
+        help="YAML file of arms, or a preset of jobs/arms by its name; default strength",
+    )
+    return result
 
 
 def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Returns: `uri` of the table as JSON, and its `rows`: strength, seed, R-precision per task and on average."""
-    config = cli.configuration(build_parser().parse_args(argv))
+    """Returns: `uri` of the report, `rows` with average, spread and difference to the baseline, and `recommended`
+    strengths by arm."""
+    arguments = build_parser().parse_args(argv)
+    config = cli.configuration(arguments)
+    arms = read_arms(arguments.arms)
+    candidates = expand(arms, config)
 
     from taskspec import cluster
+    from taskspec.evaluate.comparison_report import STRENGTH
     from taskspec.train.launch import needed_cpus
 
     cluster.connect(config.cluster)
     at_once = config.sweep.concurrent
     cluster.require(f"{at_once} trial(s) at a time", cpus=at_once * needed_cpus(config), wait_s=config.cluster.wait_s)
-    rows = sweep(config, make_inputs(config))
-    print(f"\n{table_text(rows)}\n", flush=True)
-    uri = store.join(config.artifacts, "sweep.json")
-    store.write_bytes(uri, json.dumps({"config": config.model_dump(mode="json"), "rows": rows}, indent=1).encode())
-    return {"uri": uri, "rows": rows}
+    comparison = sweep(config, arms, candidates)
+    tables = [comparison.to_text(), comparison.task_table_text()]
+    print("\n" + "\n\n".join(filter(None, tables)) + "\n", flush=True)
+    recommended = {}
+    for name in arms.arms:
+        found = comparison.recommend(name, STRENGTH)
+        if found:
+            warning = "; it lies at an end of the range: try more" if found.at_end else ""
+            print(f"{name}: recommended strength {found.value:g}: {found.reason}{warning}", flush=True)
+            recommended[name] = found.value
+    report = _write_report(config, Path(arguments.arms).stem, arms, comparison)
+    rows = [
+        {"row": row.name, "average": row.average, "std": row.std, "difference": comparison.difference(row.name).mean}
+        for row in comparison.rows
+    ]
+    return {"uri": report, "rows": rows, "recommended": recommended}
 
 
-def sweep(config: Config, inputs: Inputs) -> list[dict[str, Any]]:
-    """One row per trial, by strength and seed. Raises: TrainingError naming the first trial that failed."""
+def sweep(config: Config, arms: Arms, candidates: Sequence[Candidate]) -> Comparison:
+    """Makes the trials that are missing. Ray must be connected.
+
+    Raises: TrainingError naming the trials that failed, once all others are finished.
+    """
+    from taskspec.evaluate.comparison import Comparison
+
+    wants_negatives = [c.config for c in candidates if c.config.contrastive.negatives]
+    inputs = make_inputs(wants_negatives[0] if wants_negatives else config)
+    plan = planned_trials(config, candidates, inputs)
+    folder = store.join(config.artifacts, "sweep", "trials")
+    missing = {trial.key: trial for trial in plan if not store.exists(_file(folder, trial.key))}
+    total = len({trial.key for trial in plan})
+    print(f"sweep: {total} trials in {folder}, {total - len(missing)} stand already", flush=True)
+    if missing:
+        _run_trials(config, list(missing.values()), inputs, folder)
+    return Comparison.of([_named(_read(folder, trial.key), trial) for trial in plan], arms.baseline)
+
+
+def planned_trials(config: Config, candidates: Sequence[Candidate], inputs: Inputs) -> list[Planned]:
+    """Every candidate with every seed of its arm; what no seed changes once."""
+    from jobs.trial import trial_key
+
+    seeds = config.sweep.seeds
+    return [
+        Planned(trial_key(candidate, seed, inputs), candidate, seed)
+        for candidate in candidates
+        for seed in ((None,) if candidate.plan.lexical else seeds[: candidate.plan.seeds])
+    ]
+
+
+def _run_trials(config: Config, trials: Sequence[Planned], inputs: Inputs, folder: str) -> None:
+    """Raises: TrainingError naming the trials that failed."""
+    import os
     import tempfile
 
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Tune's newer output prints a box whatever `verbose` says
     from ray import tune
 
-    grid = {
-        "strength": tune.grid_search(list(config.sweep.strengths)),
-        "seed": tune.grid_search(list(config.sweep.seeds)),
-    }
-    trials = len(config.sweep.strengths) * len(config.sweep.seeds)
-    print(f"sweep: {trials} trials in {config.artifacts}/runs, {config.sweep.concurrent} at a time", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
+    run_one = partial(_trial, trials=trials, inputs=inputs, folder=folder)
+    with tempfile.TemporaryDirectory() as scratch:
         tuner = tune.Tuner(
-            tune.with_resources(partial(_trial, config=config, inputs=inputs), {"CPU": TRIAL_CPUS}),
-            param_space=grid,
+            tune.with_resources(run_one, {"CPU": TRIAL_CPUS}),
+            param_space={"number": tune.grid_search(list(range(len(trials))))},
             tune_config=tune.TuneConfig(max_concurrent_trials=config.sweep.concurrent),
-            run_config=tune.RunConfig(name="sweep", storage_path=folder, verbose=0, callbacks=[_progress()]),
+            run_config=tune.RunConfig(name="sweep", storage_path=scratch, verbose=0, callbacks=[_progress(trials)]),
         )
         results = tuner.fit()
-    for result in results:
-        if result.error:
-            raise TrainingError(f"trial {result.config}: {str(result.error).strip().splitlines()[-1]}")
-    rows = [result.metrics["row"] for result in results]
-    return sorted(rows, key=lambda row: (row["strength"], row["seed"]))
+    failed = [
+        f"{_label(trials[result.config['number']])}: {str(result.error).strip().splitlines()[-1]}"
+        for result in results
+        if result.error
+    ]
+    if failed:
+        raise TrainingError(
+            f"{len(failed)} of {len(trials)} trials failed, the others are kept: {'; '.join(failed)}; "
+            f"run the same command again to make what is missing"
+        )
 
 
-def _trial(point: dict[str, Any], config: Config, inputs: Inputs) -> None:
+def _trial(point: dict[str, Any], trials: Sequence[Planned], inputs: Inputs, folder: str) -> None:
     """Runs in a process of its own, on any node."""
     from ray import tune
 
+    from jobs.trial import measure
     from taskspec import cluster
 
-    cluster.connect(config.cluster)
-    one = changed(config, specialization={"method": "taco", "strength": point["strength"]}, seed=point["seed"])
-    tune.report({"row": {**point, **measure(one, inputs)}})
+    trial = trials[point["number"]]
+    cluster.connect(trial.candidate.config.cluster)
+    measured = measure(trial.candidate, trial.seed, inputs)
+    store.write_bytes(_file(folder, trial.key), json.dumps(measured.to_json()).encode())
+    averages = [sum(scores) / len(scores) for scores in measured.scores.values()]
+    tune.report({"average": sum(averages) / len(averages)})
 
 
-def measure(config: Config, inputs: Inputs) -> dict[str, Any]:
-    """Trains, indexes and evaluates one configuration. Returns: R-precision per task, average, URIs."""
-    from taskspec.data.prepared import PreparedData
-    from taskspec.evaluate.run import EvaluationTable, evaluate
-    from taskspec.retrieve.retriever import Retriever
-
-    trained = train_and_index(config, inputs)
-    prepared = PreparedData.open(inputs.prepared)
-    retriever = Retriever.open(trained.checkpoint, trained.index)
-    method = config.specialization.method
-    table = EvaluationTable(tuple(evaluate(retriever, prepared, prepared.tasks("dev"), config.evaluate, system=method)))
-    return {
-        "rprec": {task: table.score(task, method) for task in table.tasks},
-        "average": table.average(method),
-        "checkpoint": trained.checkpoint,
-        "index": trained.index,
-    }
+def _file(folder: str, key: str) -> str:
+    return store.join(folder, f"{key}.json")
 
 
-def _progress() -> Any:
+def _read(folder: str, key: str) -> Trial:
+    from taskspec.evaluate.trials import Trial
+
+    return Trial.from_json(json.loads(store.read_bytes(_file(folder, key))))
+
+
+def _named(trial: Trial, planned: Planned) -> Trial:
+    """A kept trial under the names that the arms file now gives it."""
+    candidate = planned.candidate
+    return replace(
+        trial, arm=candidate.arm, row=candidate.row, values=candidate.values, candidate=candidate.label,
+        seed=planned.seed,
+    )  # fmt: skip
+
+
+def _label(trial: Planned) -> str:
+    seed = "" if trial.seed is None else f"seed {trial.seed}"
+    return ", ".join(filter(None, [trial.candidate.row, trial.candidate.label, seed]))
+
+
+def _progress(trials: Sequence[Planned]) -> Any:
     from ray import tune
 
     class Progress(tune.Callback):
-        """One line per finished trial."""
+        """One line when a trial starts and one when it is finished."""
+
+        def __init__(self) -> None:
+            self.started = time.monotonic()
+            self.done = 0
+
+        def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            print(f"sweep: {self.label(trial)}: started", flush=True)
 
         def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
-            row = result["row"]
-            done = sum(one.status == "TERMINATED" for one in trials) + 1
+            self.done += 1
+            minutes = (time.monotonic() - self.started) / 60
+            left = minutes / self.done * (self.total - self.done)
             print(
-                f"sweep: strength {row['strength']:g}, seed {row['seed']}: R-precision {100 * row['average']:.1f} "
-                f"({done} of {len(trials)} so far)",
+                f"sweep: {self.label(trial)}: R-precision {100 * result['average']:.1f} "
+                f"({self.done} of {self.total} in {minutes:.0f} min, about {left:.0f} min left)",
                 flush=True,
             )
+
+        @staticmethod
+        def label(trial: Any) -> str:
+            return _label(trials[trial.config["number"]])
+
+        total = len(trials)
 
     return Progress()
 
 
-def table_text(rows: Sequence[dict[str, Any]]) -> str:
-    """Strength → mean over seeds of the average R-precision, its spread, and the mean per task; in percent."""
-    tasks = list(rows[0]["rprec"])
-    lines = [["strength", "seeds", "R-precision", "± std", *tasks]]
-    for strength in sorted({row["strength"] for row in rows}):
-        here = [row for row in rows if row["strength"] == strength]
-        averages = [100 * row["average"] for row in here]
-        spread = f"{statistics.stdev(averages):.1f}" if len(averages) > 1 else "–"
-        means = [f"{100 * statistics.mean(row['rprec'][task] for row in here):.1f}" for task in tasks]
-        lines.append([f"{strength:g}", str(len(here)), f"{statistics.mean(averages):.1f}", spread, *means])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
+def _write_report(config: Config, name: str, arms: Arms, comparison: Comparison) -> str:
+    """The report's folder, `<artifacts>/sweep/<name of the arms file>`. Returns: URI of the page."""
+    import tempfile
+
+    from taskspec.evaluate.comparison_report import write_comparison
+
+    target = store.join(config.artifacts, "sweep", name)
+    facts = {
+        "Arms": f"{len(arms.arms)}, in {len(comparison.rows)} rows",
+        "Seeds": ", ".join(map(str, config.sweep.seeds)),
+        "Baseline": arms.baseline,
+        "Training": f"{config.train.steps} steps of {config.mixing.queries_per_step} queries",
+        "Artifacts": config.artifacts,
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        page = write_comparison(
+            Path(scratch),
+            comparison,
+            title=f"{config.name}: {name}",
+            facts=facts,
+            questions={arm: plan.question for arm, plan in arms.arms.items()},
+            config=config,
+        )
+        for path in sorted(Path(scratch).iterdir()):
+            store.write_bytes(store.join(target, path.name), path.read_bytes())
+    return store.join(target, page.name)
 
 
 if __name__ == "__main__":

@@ -133,8 +133,9 @@ class Mixing(Section):
 class Specialization(Section):
     """How task gradients become one update."""
 
-    method: Literal["mean", "taco", "single"] = "taco"
-    """`mean`: plain multitask. `taco`: weights per element. `single`: exactly one task."""
+    method: Literal["mean", "taco", "single", "pcgrad", "cgd"] = "taco"
+    """`mean`: plain multitask. `taco`: weights per element. `single`: exactly one task. `pcgrad`: task gradients
+    projected off each other. `cgd`: one weight per task."""
     strength: float = Field(0.5, ge=0)
     """1/τ. 0 is plain multitask training; larger specializes more. The paper: 0.5."""
     decay: float = Field(0.999, ge=0, lt=1)
@@ -143,6 +144,23 @@ class Specialization(Section):
     """Share of the steps with equal weights; then strength grows from 0 over as many steps again."""
     min_warmup_steps: int = Field(100, ge=0)
     """Warm-up lasts at least this many steps."""
+    measure: Literal["loss", "adam", "gradient"] = "loss"
+    """What an element's sensitivity is. `loss`: |θ·g|, the change of the loss if it were zeroed. `adam`: |θ·g/√v|, in
+    the optimizer's own steps. `gradient`: |g|, whatever the element's size."""
+    average: Literal["absolute", "signed"] = "absolute"
+    """`signed` averages θ·g over time before the absolute value, so that batch noise averages away."""
+    median: Literal["global", "tensor", "kind"] = "global"
+    """Over what a task's sensitivities have median 1: all elements, each tensor, or each kind of parameter."""
+    compress: Literal["none", "log1p", "cap"] = "none"
+    """What softmax sees of normalized sensitivities ŝ: ŝ, log(1 + ŝ), or ŝ but at most 10."""
+    granularity: Literal["element", "row", "tensor"] = "element"
+    """Elements that share their sensitivity, by its mean: none, those of a matrix row, or those of a tensor."""
+    conflict: Literal["keep", "drop"] = "keep"
+    """`drop` leaves out of an element's update the tasks that pull against the one with the largest weight."""
+    permute: bool = False
+    """A control: weights are shuffled over the elements of each tensor, in one order for the whole run."""
+    cgd_step: float = Field(0.05, gt=0)
+    """Step size of `cgd`'s task weights."""
     compat: Literal["none", "reference"] = "none"
     """`reference` reproduces the published code's arithmetic, its shrinking update included."""
 
@@ -218,12 +236,13 @@ class Cluster(Section):
 
 
 class Sweep(Section):
-    """Training runs over a grid, on Ray Tune."""
+    """Comparison of arms over seeds, on Ray Tune."""
 
-    strengths: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0)
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
     concurrent: int = Field(1, ge=1)
     """Trials at the same time."""
+    keep_indexes: bool = False
+    """Indexes are removed once their checkpoint is measured; true keeps them."""
 
 
 class Config(Section):
@@ -276,6 +295,17 @@ class Config(Section):
             if task.name == name:
                 return task
         raise ConfigError(f"unknown task {name!r}; known: {', '.join(task.name for task in self.tasks)}")
+
+
+def with_values(config: Config, values: Mapping[str, Any], where: str = "changes") -> Config:
+    """The configuration with other values of dotted keys, checked again.
+
+    Args: where: what stands in front of an error.    Raises: ConfigError.
+    """
+    tree = config.model_dump(mode="json")
+    for key, value in values.items():
+        _put(tree, key, value, where)
+    return parse_config(tree, where)
 
 
 def canonical_sha256(value: Any) -> str:
@@ -331,36 +361,40 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override}: the value is not YAML") from error
+    _put(tree, dotted, value, f"--set {override}")
+
+
+def _put(tree: dict[str, Any], dotted: str, value: Any, where: str) -> None:
     *parents, last = dotted.split(".")
     node: Any = tree
     for key in parents:
-        node = _child(node, key, override)
+        node = _child(node, key, where)
     if isinstance(node, list):
-        node[_position(node, last, override)] = value
+        node[_position(node, last, where)] = value
     elif isinstance(node, dict):
         node[last] = value
     else:
-        raise ConfigError(f"--set {override}: {'.'.join(parents)} is a value, it has no key {last!r}")
+        raise ConfigError(f"{where}: {'.'.join(parents)} is a value, it has no key {last!r}")
 
 
-def _child(node: Any, key: str, override: str) -> Any:
+def _child(node: Any, key: str, where: str) -> Any:
     if isinstance(node, list):
-        return node[_position(node, key, override)]
+        return node[_position(node, key, where)]
     if isinstance(node, dict):
         if node.get(key) is None:
             node[key] = {}
         return node[key]
-    raise ConfigError(f"--set {override}: {key!r} lies below a value, not below a section")
+    raise ConfigError(f"{where}: {key!r} lies below a value, not below a section")
 
 
-def _position(items: list[Any], key: str, override: str) -> int:
+def _position(items: list[Any], key: str, where: str) -> int:
     names = [item.get("name") if isinstance(item, dict) else None for item in items]
     if key in names:
         return names.index(key)
     if key.isdigit() and int(key) < len(items):
         return int(key)
     known = ", ".join(str(name) for name in names if name is not None) or f"0 to {len(items) - 1}"
-    raise ConfigError(f"--set {override}: no item {key!r}; known: {known}")
+    raise ConfigError(f"{where}: no item {key!r}; known: {known}")
 
 
 def _explain(error: ValidationError, tree: Mapping[str, Any]) -> Iterable[str]:

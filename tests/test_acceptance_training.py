@@ -1,5 +1,6 @@
 """Slow and real: workers killed with signal 9 on a real cluster, sweeps, whole pipelines."""
 
+import json
 import os
 import signal
 import threading
@@ -10,10 +11,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from jobs.pipeline import Inputs, changed, run_pipeline
+from jobs.pipeline import run_pipeline
 from jobs.sweep import sweep
 from taskspec import store
-from taskspec.config import parse_config
+from taskspec.arms import expand, read_arms
+from taskspec.config import with_values
 from taskspec.data.prepared import PreparedData
 from taskspec.errors import TrainingError
 from taskspec.train.checkpoint import STATE_FILE, read_run
@@ -49,12 +51,19 @@ def test_a_run_with_a_killed_worker_recovers_by_itself_and_ends_with_the_same_bi
     tiny_config, tiny_prepared: PreparedData, tmp_path
 ):
     """Two workers, dropout on, a checkpoint every 20 steps; one worker dies between two of them."""
-    config = changed(
+    config = with_values(
         tiny_config,
-        contrastive={"negatives": 0},
-        model={"dropout": 0.1},
-        specialization={"method": "taco", "min_warmup_steps": 5},
-        train={"steps": 60, "checkpoint_every": 20, "log_every": 1, "workers": 2, "max_failures": 1},
+        {
+            "contrastive.negatives": 0,
+            "model.dropout": 0.1,
+            "specialization.method": "taco",
+            "specialization.min_warmup_steps": 5,
+            "train.steps": 60,
+            "train.checkpoint_every": 20,
+            "train.log_every": 1,
+            "train.workers": 2,
+            "train.max_failures": 1,
+        },
     )
     unbroken = TrainJob(config, tiny_prepared.artifact.uri, None, str(tmp_path / "unbroken"))
     train(unbroken)
@@ -77,10 +86,15 @@ def test_a_run_with_a_killed_worker_recovers_by_itself_and_ends_with_the_same_bi
 
 
 def test_a_worker_that_always_fails_ends_the_run_with_its_own_message(tiny_config, tiny_prepared, tmp_path):
-    config = changed(
+    config = with_values(
         tiny_config,
-        contrastive={"negatives": 0, "temperature": 1e-30},
-        train={"steps": 3, "max_failures": 0, "workers": 1},
+        {
+            "contrastive.negatives": 0,
+            "contrastive.temperature": 1e-30,
+            "train.steps": 3,
+            "train.max_failures": 0,
+            "train.workers": 1,
+        },
     )
     job = TrainJob(config, tiny_prepared.artifact.uri, None, str(tmp_path / "run"))
     with pytest.raises(TrainingError, match=r"step 0: the gradient of .* is not finite; lower train\.learning_rate"):
@@ -88,48 +102,100 @@ def test_a_worker_that_always_fails_ends_the_run_with_its_own_message(tiny_confi
 
 
 def test_a_pipeline_makes_every_stage_once_and_a_second_run_nothing(tiny_config, ray_cluster, tmp_path, capfd):
-    config = changed(tiny_config, artifacts=str(tmp_path / "artifacts"))
-    first = run_pipeline(config, ["untrained", "mean"])
-    assert first.table.systems == ("bm25", "untrained", "mean")
+    config = with_values(tiny_config, {"artifacts": str(tmp_path / "artifacts")})
+    systems = {
+        "untrained": with_values(config, {"train.steps": 0}),
+        "nq-alone": with_values(config, {"specialization.method": "single", "train.tasks": ["nq"]}),
+    }
+    first = run_pipeline(config, systems)
+    assert first.table.systems == ("bm25", "untrained", "nq-alone")
+    assert first.table.score("nq", "nq-alone") is not None
+    assert first.table.score("wow", "nq-alone") is None
     made = {name: os.stat(name).st_mtime_ns for name in store.list_files(config.artifacts) if "index" in name}
     capfd.readouterr()
-    again = run_pipeline(config, ["untrained", "mean"])
+    again = run_pipeline(config, systems)
     said = capfd.readouterr().out
     assert again.table == first.table
     assert said.count("stands already") == 5, said  # prepared data, negatives, two indexes, the evaluation
     assert {name: os.stat(name).st_mtime_ns for name in made} == made
 
 
-def test_single_is_one_retriever_per_task_in_one_column(tiny_config, ray_cluster, tmp_path):
-    tree = tiny_config.model_dump(mode="json")
-    tree["tasks"] = [task for task in tree["tasks"] if task["name"] in ("nq", "fever")]
-    tree |= {"artifacts": str(tmp_path / "artifacts")}
-    config = changed(parse_config(tree, "test"), train={"steps": 2, "workers": 1})
-    result = run_pipeline(config, ["single"])
-    assert set(result.arms["single"]) == {"nq", "fever"}
-    assert result.table.average("single") is not None
+ARMS = """
+baseline: mean
+arms:
+  bm25: {lexical: true}
+  mean: {set: {specialization.method: mean}}
+  single: {per_task: true, seeds: 1, set: {train.steps: 1}}
+  taco: {analyze: true, grid: {specialization.strength: [0.0, 2.0]}}
+  few: {held_out: [wow], choose: {train.learning_rate: [0.001, 0.002]}, seeds: 1}
+"""
 
 
-def test_a_sweep_makes_one_row_per_strength_and_seed_and_strength_0_is_mean(tiny_config, tiny_prepared, tmp_path):
-    config = changed(
+def test_a_sweep_compares_its_arms_and_makes_again_only_what_is_missing(tiny_config, ray_cluster, tmp_path, capfd):
+    three = [task for task in tiny_config.model_dump(mode="json")["tasks"] if task["name"] in ("fever", "nq", "wow")]
+    config = with_values(
         tiny_config,
-        artifacts=str(tmp_path / "artifacts"),
-        contrastive={"negatives": 0},
-        train={"steps": 4, "workers": 1},
-        sweep={"strengths": [0.0, 2.0], "seeds": [0]},
+        {
+            "artifacts": str(tmp_path / "artifacts"),
+            "tasks": three,
+            "train.steps": 4,
+            "train.workers": 1,
+            "sweep.seeds": [0, 1],
+        },
     )
-    inputs = Inputs(tiny_prepared.artifact.uri, None)
-    rows = sweep(config, inputs)
-    assert [(row["strength"], row["seed"]) for row in rows] == [(0.0, 0), (2.0, 0)]
-    assert all(0 <= row["average"] <= 1 for row in rows)
-    mean = TrainJob(changed(config, specialization={"method": "mean"}), inputs.prepared, None, str(tmp_path / "mean"))
-    weights = safetensors.torch.load_file(store.join(train(mean).best_uri, "model.safetensors"))
-    strength_0 = safetensors.torch.load_file(store.join(rows[0]["checkpoint"], "model.safetensors"))
-    assert all(torch.equal(value, strength_0[name]) for name, value in weights.items())
+    (tmp_path / "arms.yaml").write_text(ARMS)
+    arms = read_arms(str(tmp_path / "arms.yaml"))
+    candidates = expand(arms, config)
+    comparison = sweep(config, arms, candidates)
+    rows = ["bm25", "mean", "single", "taco strength=0", "taco strength=2", "few"]
+    assert [row.name for row in comparison.rows] == rows
+    assert comparison.difference("taco strength=0").mean == 0, "strength 0 is mean, to the last bit"
+    assert len(comparison.row("single").scores) == len(config.tasks)
+    assert comparison.row("single").trials[0].cost.retrievers == len(config.tasks)
+    assert set(comparison.row("few").scores) == {t.name for t in config.tasks} - {"wow"}
+    assert set(comparison.zero_shot_row("few", "no prompt").scores) == {"wow"}
+    assert comparison.row("taco strength=2").trials[0].ownership is not None
+    assert not store.list_files(store.join(config.artifacts, "sweep", "indexes")), "indexes are removed when measured"
+
+    trials = store.list_files(store.join(config.artifacts, "sweep", "trials"))
+    lost = next(name for name in trials if b'"row": "taco strength=2", ' in store.read_bytes(name))
+    before = store.read_bytes(lost)
+    store.remove(lost)
+    store.remove(store.join(json.loads(before)["checkpoint"], ".."))
+    capfd.readouterr()
+    again = sweep(config, arms, candidates)
+    assert f"{len(trials)} trials in" in (said := capfd.readouterr().out)
+    assert f"{len(trials) - 1} stand already" in said
+    assert again.row("taco strength=2").averages_S().tolist() == comparison.row("taco strength=2").averages_S().tolist()
+    mine, theirs = json.loads(before), json.loads(store.read_bytes(lost))
+    assert {key: mine[key] for key in ("scores", "ownership", "ablations")} == {
+        key: theirs[key] for key in ("scores", "ownership", "ablations")
+    }
+
+
+def test_a_sweep_with_a_failing_arm_keeps_the_others_and_names_it(tiny_config, ray_cluster, tmp_path):
+    config = with_values(
+        tiny_config,
+        {
+            "artifacts": str(tmp_path / "artifacts"),
+            "train.steps": 2,
+            "train.workers": 1,
+            "train.max_failures": 0,
+            "sweep.seeds": [0],
+        },
+    )
+    (tmp_path / "arms.yaml").write_text(
+        "{baseline: mean, arms: {bad: {set: {contrastive.temperature: 1.0e-30}}, "
+        "mean: {set: {specialization.method: mean}}}}"
+    )
+    arms = read_arms(str(tmp_path / "arms.yaml"))
+    with pytest.raises(TrainingError, match=r"1 of 2 trials failed, the others are kept: bad, seed 0: .*not finite"):
+        sweep(config, arms, expand(arms, config))
+    assert len(store.list_files(store.join(config.artifacts, "sweep", "trials"))) == 1
 
 
 def test_ray_train_runs_with_its_run_folder_on_s3(tiny_config, tiny_prepared, s3_bucket):
-    config = changed(tiny_config, contrastive={"negatives": 0}, train={"steps": 4, "workers": 2})
+    config = with_values(tiny_config, {"contrastive.negatives": 0, "train.steps": 4, "train.workers": 2})
     run = train(TrainJob(config, tiny_prepared.artifact.uri, None, f"{s3_bucket}/ray-train/run"))
     assert run.finished
     assert not store.list_files(store.join(run.uri, "ray"))

@@ -7,10 +7,9 @@ import time
 import pytest
 import yaml
 
-from jobs import cli, pipeline, sweep, train
+from jobs import cli, train
 from taskspec import cluster
-from taskspec.config import Config, load_config
-from taskspec.errors import ConfigError, PlacementError
+from taskspec.errors import PlacementError
 
 JOBS = ["download", "evaluate", "index", "mine", "pipeline", "prepare", "quickstart", "sweep", "train"]
 
@@ -76,31 +75,3 @@ def test_what_the_cluster_cannot_hold_is_refused_with_both_numbers(ray_cluster):
         cluster.require("training", cpus=99, gpus=1, wait_s=0.5)
     assert time.monotonic() - started < 30
     cluster.require("training", cpus=4, wait_s=0)
-
-
-@pytest.fixture
-def config() -> Config:
-    return load_config("quickstart")
-
-
-def test_arms_differ_in_method_and_tasks_only(config):
-    assert [one.train.steps for one in pipeline.arm_configs(config, "untrained").values()] == [0]
-    single = pipeline.arm_configs(config, "single")
-    assert list(single) == [task.name for task in config.tasks]
-    assert all(one.trained_tasks == (one.task(name),) for name, one in single.items())
-    taco = pipeline.arm_configs(config, "taco")[""]
-    assert taco.specialization.method == "taco"
-    assert taco.train == config.train
-    with pytest.raises(ConfigError, match="unknown arm 'tacco'; known: untrained, mean, taco, single"):
-        pipeline.arm_configs(config, "tacco")
-
-
-def test_a_sweep_s_table_has_mean_and_spread_over_seeds():
-    rows = [
-        {"strength": strength, "seed": seed, "average": average, "rprec": {"nq": average, "wow": 0.5}}
-        for strength, seed, average in [(0.0, 0, 0.2), (0.0, 1, 0.4), (2.0, 0, 0.5)]
-    ]
-    lines = sweep.table_text(rows).splitlines()
-    assert lines[0].split() == ["strength", "seeds", "R-precision", "±", "std", "nq", "wow"]
-    assert lines[1].split() == ["0", "2", "30.0", "14.1", "30.0", "50.0"]
-    assert lines[2].split() == ["2", "1", "50.0", "–", "50.0", "50.0"]

@@ -11,7 +11,8 @@ import matplotlib
 import pytest
 
 from taskspec.config import Config, parse_config
-from taskspec.evaluate.report import SampleAnswer, sample_answers, versions, write_report
+from taskspec.evaluate.page import versions
+from taskspec.evaluate.report import SampleAnswer, sample_answers, write_report
 from taskspec.evaluate.run import EvaluationTable, TaskScores
 from taskspec.retrieve.retriever import Hit
 

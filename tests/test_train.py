@@ -8,9 +8,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from jobs.pipeline import changed
 from taskspec import store
-from taskspec.config import Config
+from taskspec.config import Config, with_values
 from taskspec.data.prepared import PreparedData
 from taskspec.errors import ArtifactError, ConfigError, DataError, TrainingError
 from taskspec.train.checkpoint import STATE_FILE, open_encoder, read_contract, read_run
@@ -21,13 +20,19 @@ from taskspec.train.worker import TrainJob, console_line, local_batches, make_pl
 
 @pytest.fixture(scope="module")
 def config(tiny_config: Config) -> Config:
-    return changed(
+    return with_values(
         tiny_config,
-        contrastive={"negatives": 0},
-        model={"dropout": 0.1},
-        specialization={"method": "taco", "min_warmup_steps": 1, "warmup": 0.1},
-        train={"steps": 8, "checkpoint_every": 3, "log_every": 2, "dev_queries": 8, "threads": 1}
-        | {"learning_rate": 1e-3},
+        {
+            "contrastive.negatives": 0,
+            "model.dropout": 0.1,
+            "specialization.method": "taco",
+            "specialization.min_warmup_steps": 1,
+            "specialization.warmup": 0.1,
+            "train.steps": 8,
+            "train.checkpoint_every": 3,
+            "train.log_every": 2,
+            "train.dev_queries": 8,
+        },
     )
 
 
@@ -103,7 +108,9 @@ def test_a_line_has_every_task_and_fits_a_terminal(job, config):
 
 
 def test_training_lowers_the_loss(job):
-    job = replace(job, config=changed(job.config, model={"dropout": 0.0}, train={"steps": 30, "learning_rate": 3e-3}))
+    job = replace(
+        job, config=with_values(job.config, {"model.dropout": 0.0, "train.steps": 30, "train.learning_rate": 3e-3})
+    )
     start_run(job)
     train_worker(job)
     lines = read_metrics(job.run)
@@ -112,7 +119,7 @@ def test_training_lowers_the_loss(job):
 
 
 def test_zero_steps_publish_the_untrained_encoder(job):
-    run = start_run(replace(job, config=changed(job.config, train={"steps": 0})))
+    run = start_run(replace(job, config=with_values(job.config, {"train.steps": 0})))
     assert run.finished
     assert open_encoder(run.best_uri).embed_queries("nq", ["who"])[0].shape == (1, job.config.model.scratch.width)
 
@@ -120,17 +127,19 @@ def test_zero_steps_publish_the_untrained_encoder(job):
 def test_two_runs_of_one_seed_start_from_the_same_bits_and_another_seed_from_others(job, tmp_path):
     first = start_run(job)
     again = start_run(replace(job, run=str(tmp_path / "again")))
-    other = start_run(replace(job, run=str(tmp_path / "other"), config=changed(job.config, seed=job.config.seed + 1)))
+    other = start_run(
+        replace(job, run=str(tmp_path / "other"), config=with_values(job.config, {"seed": job.config.seed + 1}))
+    )
     assert read_contract(first.last_uri).weights == read_contract(again.last_uri).weights
     assert read_contract(first.last_uri).weights != read_contract(other.last_uri).weights
 
 
 def test_a_run_of_another_configuration_is_refused_by_key(job):
     start_run(job)
-    stronger = replace(job, config=changed(job.config, specialization={"strength": 3.0}))
+    stronger = replace(job, config=with_values(job.config, {"specialization.strength": 3.0}))
     with pytest.raises(TrainingError, match=r"other values of specialization\.strength; take them back, or"):
         start_run(stronger)
-    start_run(replace(job, config=changed(job.config, train={"log_every": 1, "workers": 2})))  # may change
+    start_run(replace(job, config=with_values(job.config, {"train.log_every": 1, "train.workers": 2})))  # may change
 
 
 def test_a_run_on_other_prepared_data_is_refused(job, tmp_path):
@@ -153,7 +162,7 @@ def test_an_altered_checkpoint_is_refused_by_file(job):
 
 
 def test_negatives_that_are_asked_for_but_not_given_are_refused(job):
-    wanting = replace(job, config=changed(job.config, contrastive={"negatives": 2}))
+    wanting = replace(job, config=with_values(job.config, {"contrastive.negatives": 2}))
     with pytest.raises(DataError, match=r"contrastive\.negatives is 2 but no negatives are given; mine them"):
         start_run(wanting)
 
@@ -161,12 +170,14 @@ def test_negatives_that_are_asked_for_but_not_given_are_refused(job):
 def test_a_task_without_train_queries_is_refused(job):
     extra = [*job.config.model_dump(mode="json")["tasks"], {"name": "unheard"}]
     with pytest.raises(ConfigError, match=r"tasks\.unheard: the prepared data has no train queries of it"):
-        start_run(replace(job, config=changed(job.config, tasks=extra)))
+        start_run(replace(job, config=with_values(job.config, {"tasks": extra})))
 
 
 def test_single_trains_one_task_with_the_queries_it_gets_among_all(job, tiny_prepared):
     together = make_plan(job.config, tiny_prepared)
-    alone = make_plan(changed(job.config, specialization={"method": "single"}, train={"tasks": ["nq"]}), tiny_prepared)
+    alone = make_plan(
+        with_values(job.config, {"specialization.method": "single", "train.tasks": ["nq"]}), tiny_prepared
+    )
     assert alone.batch == {"nq": together.batch["nq"]}
     assert alone.rows("nq", 5).tolist() == together.rows("nq", 5).tolist()
 
@@ -192,7 +203,7 @@ def test_learning_rate_rises_then_falls_to_zero():
 
 
 def test_a_run_needs_a_cpu_per_worker_and_some_for_its_data(config):
-    assert [needed_cpus(changed(config, train={"workers": n})) for n in (1, 2, 8)] == [3, 4, 11]
+    assert [needed_cpus(with_values(config, {"train.workers": n})) for n in (1, 2, 8)] == [3, 4, 11]
 
 
 def test_a_run_lives_on_s3_as_on_disk(config, tiny_prepared, s3_bucket):

@@ -5,8 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from jobs.pipeline import changed
-from taskspec.config import Config, parse_config
+from taskspec.config import Config, parse_config, with_values
 from taskspec.data.batches import BatchMaker, GivenNegatives
 from taskspec.data.plan import Plan
 from taskspec.data.prepared import PreparedData
@@ -80,7 +79,7 @@ def run_worker(rank: int, workers: int, folder: str, config: Config, prepared: P
 def test_workers_with_parts_of_a_batch_match_one(
     method, workers, pooling, tiny_config, tiny_prepared, negatives, tmp_path
 ):
-    config = changed(configure(tiny_config, method), model={"pooling": pooling})
+    config = with_values(configure(tiny_config, method), {"model.pooling": pooling})
     alone = train(config, tiny_prepared, negatives, 0, 1)
     mp.spawn(run_worker, (workers, str(tmp_path), config, tiny_prepared, negatives), nprocs=workers)
     together = [torch.load(tmp_path / f"{rank}.pt") for rank in range(workers)]

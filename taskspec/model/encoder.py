@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from taskspec.config import Config, Model, Scratch
+from taskspec.config import Config, Model, Scratch, Task
 from taskspec.errors import ConfigError
 from taskspec.model.contract import Contract, ContractTask
 from taskspec.model.prompts import TextTokenizer, Tokens
@@ -155,11 +155,14 @@ def text_tokenizer(config: Config, tokenizer: Any) -> TextTokenizer:
     return TextTokenizer(tokenizer, config.prompts, contract_tasks(config), config.model.max_passage_tokens)
 
 
+def contract_task(task: Task) -> ContractTask:
+    """What of a configured task enters a contract."""
+    return ContractTask(name=task.name, prompt=task.prompt_text, max_query_tokens=task.max_query_tokens, keep=task.keep)
+
+
 def contract_tasks(config: Config) -> tuple[ContractTask, ...]:
-    return tuple(
-        ContractTask(name=t.name, prompt=t.prompt_text, max_query_tokens=t.max_query_tokens, keep=t.keep)
-        for t in config.trained_tasks
-    )
+    """Those that a configuration trains."""
+    return tuple(map(contract_task, config.trained_tasks))
 
 
 def make_contract(config: Config, encoder: Encoder, folder: Path) -> Contract:
@@ -211,6 +214,14 @@ class TextEncoder:
     @property
     def dimension(self) -> int:
         return self.contract.dimension
+
+    def with_tasks(self, tasks: Sequence[ContractTask]) -> TextEncoder:
+        """The same weights answering these tasks instead, trained on them or not.
+
+        Raises: ConfigError if a prompt leaves no room for a task's text.
+        """
+        contract = self.contract.model_copy(update={"tasks": tuple(tasks)})
+        return TextEncoder(self.encoder, self.tokenizer.tokenizer, contract, self.device)
 
     def embed_queries(self, task: str, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Returns: (B, D) float32 and (B,) bool, which queries were cut. Raises: RequestError for an unknown task."""

@@ -17,7 +17,7 @@ from taskspec.data.rows import RowStore
 from taskspec.errors import RequestError
 from taskspec.index.manifest import KIND, PASSAGES_FILE, IndexManifest
 from taskspec.index.shard import Shard, merge_top_k
-from taskspec.model.contract import Contract
+from taskspec.model.contract import Contract, ContractTask
 from taskspec.retrieve.pages import Ranking, search_pages
 
 Level = Literal["page", "passage"]
@@ -60,6 +60,8 @@ class QueryEncoder(Protocol):
     contract: Contract
 
     def embed_queries(self, task: str, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]: ...
+
+    def with_tasks(self, tasks: Sequence[ContractTask]) -> QueryEncoder: ...
 
 
 def check_request(tasks: Iterable[str], task: str, texts: Sequence[str], top_k: int) -> None:
@@ -104,6 +106,10 @@ class Retriever:
         shards = [Shard.load(artifact.folder / s.file, s.row_start, s.max_norm) for s in manifest.shards]
         passages = RowStore(artifact.folder / PASSAGES_FILE)
         return cls(open_encoder(checkpoint), shards, passages, index_version(artifact.id))
+
+    def with_tasks(self, tasks: Sequence[ContractTask]) -> Retriever:
+        """The same weights and index answering these tasks instead; passages are embedded without a task."""
+        return Retriever(self._encoder.with_tasks(tasks), self._shards, self._passages, self.version)
 
     @property
     def contract(self) -> Contract:

@@ -6,7 +6,9 @@ queries and N passages of one worker. DDP sums the gradients; every worker ends 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -41,26 +43,46 @@ class TaskLoss(nn.Module):
         return loss_B @ weight_B, correct_B.to(loss_B.dtype) @ weight_B
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Where one parameter lies in the vector of all of them."""
+
+    name: str
+    """As the transformer names it: `encoder.block.0.layer.0.SelfAttention.q.weight`."""
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def elements(self) -> slice:
+        return slice(self.start, self.start + math.prod(self.shape))
+
+
 class FlatParameters:
     """All trainable parameters of a module as views of one vector, and their gradients as views of another.
 
     After construction the module's parameters share memory with `theta_P`: an update of the vector is an update of
-    the module.
+    the module. `pieces` are in the vector's order.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self._parameters = [parameter for _, parameter in named]
         self.theta_P = torch.cat([p.detach().reshape(-1) for p in self._parameters])
-        for parameter, theta in zip(self._parameters, self._pieces(self.theta_P), strict=True):
+        pieces, start = [], 0
+        for name, parameter in named:
+            pieces.append(Piece(name.rpartition("transformer.")[2], tuple(parameter.shape), start))
+            start += parameter.numel()
+        self.pieces = tuple(pieces)
+        for parameter, theta in zip(self._parameters, self._split(self.theta_P), strict=True):
             parameter.data = theta.view_as(parameter)
 
     def collect_gradients_in(self, grad_P: Tensor) -> None:
         """Zeroes `grad_P` and lets the next backward passes add into it."""
         grad_P.zero_()
-        for parameter, grad in zip(self._parameters, self._pieces(grad_P), strict=True):
+        for parameter, grad in zip(self._parameters, self._split(grad_P), strict=True):
             parameter.grad = grad.view_as(parameter)
 
-    def _pieces(self, vector_P: Tensor) -> Sequence[Tensor]:
+    def _split(self, vector_P: Tensor) -> Sequence[Tensor]:
         """One view for each parameter."""
         return torch.split(vector_P, [parameter.numel() for parameter in self._parameters])
 

@@ -9,11 +9,16 @@ the `reference_*` functions reproduce that code.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from taskspec.specialize.gradients import Piece
+
+CAP = 10.0
+"""Where `compress` cuts normalized sensitivities: about their 99% quantile (13 was measured on MiniLM)."""
 SATURATED = 0.9
 """A weight above this counts as saturated: one task owns the element."""
 
@@ -51,6 +56,21 @@ def normalize(sensitivity_TP: Tensor, median_T: Tensor) -> Tensor:
     return sensitivity_TP.div_(divisor_T[:, None])
 
 
+def normalize_groups(sensitivity_TP: Tensor, groups: Sequence[Sequence[slice]]) -> Tensor:
+    """Brings each task's sensitivities, signed or not, into units of their median in each group of elements, in place.
+
+    Args: groups: disjoint, together all elements.    Returns: (T,) bool, which tasks are sensitive to anything.
+    """
+    found_T = torch.zeros(len(sensitivity_TP), dtype=torch.bool, device=sensitivity_TP.device)
+    for group in groups:
+        parts = [sensitivity_TP[:, elements] for elements in group]
+        median_T = positive_medians((parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).abs())
+        found_T |= median_T > 0
+        for part_TP in parts:
+            normalize(part_TP, median_T)
+    return found_T
+
+
 def accumulate(average_TP: Tensor, normalized_TP: Tensor, decay: float) -> Tensor:
     """s ← decay·s + (1 − decay)·Ī, in place."""
     return average_TP.mul_(decay).add_(normalized_TP, alpha=1 - decay)
@@ -63,6 +83,33 @@ def bias_correction(updates_T: Tensor, decay: float) -> Tensor:
     """
     filled_T = 1 - torch.pow(torch.tensor(decay, dtype=torch.float64), updates_T)
     return torch.where(updates_T > 0, 1 / filled_T, torch.ones_like(filled_T))
+
+
+def compress(sensitivity_TP: Tensor, how: str) -> Tensor:
+    """What softmax sees of the heavy tail of normalized sensitivities, in place: `none`, `log1p`, or `cap`."""
+    if how == "log1p":
+        return sensitivity_TP.log1p_()
+    return sensitivity_TP.clamp_max_(CAP) if how == "cap" else sensitivity_TP
+
+
+def share_sensitivity(sensitivity_TP: Tensor, pieces: Sequence[Piece], granularity: str) -> Tensor:
+    """Gives the elements of each row (of matrices; an element of a vector stays alone) or each tensor their mean,
+    in place."""
+    for piece in pieces if granularity != "element" else ():
+        part_TP = sensitivity_TP[:, piece.elements]
+        if granularity == "tensor":
+            part_TP.copy_(part_TP.mean(dim=1, keepdim=True).expand_as(part_TP))
+        elif len(piece.shape) > 1:
+            rows_TRC = part_TP.view(len(part_TP), piece.shape[0], -1)
+            rows_TRC.copy_(rows_TRC.mean(dim=2, keepdim=True).expand_as(rows_TRC))
+    return sensitivity_TP
+
+
+def drop_opposed(weight_TP: Tensor, grad_TP: Tensor) -> Tensor:
+    """Sets to 0, in place, the weights of tasks whose gradient has the other sign than that of the task with the
+    largest weight."""
+    owner_1P = weight_TP.max(dim=0, keepdim=True).indices
+    return weight_TP.masked_fill_(grad_TP * grad_TP.gather(0, owner_1P) < 0, 0.0)
 
 
 def task_weights(sensitivity_TP: Tensor, strength: float) -> Tensor:

@@ -18,7 +18,7 @@ import safetensors.torch
 from torch import Tensor
 
 from taskspec import store
-from taskspec.config import Config
+from taskspec.config import Config, parse_config
 from taskspec.errors import TrainingError
 from taskspec.model.contract import Contract
 from taskspec.model.encoder import Encoder, TextEncoder, load_encoder, save_encoder
@@ -57,7 +57,7 @@ def read_contract(uri: str) -> Contract:
 def open_encoder(uri: str, device: str = "cpu") -> TextEncoder:
     """A checkpoint's encoder, ready to embed. Raises: ArtifactError if the checkpoint is incomplete or altered."""
     artifact = store.open_artifact(uri, KIND, verify=True)
-    config = Config.model_validate(artifact.manifest.config)
+    config = parse_config(artifact.manifest.config, uri)
     encoder, tokenizer = load_encoder(config.model, artifact.folder)
     return TextEncoder(encoder, tokenizer, Contract.model_validate(artifact.manifest.facts["contract"]), device)
 
@@ -75,7 +75,7 @@ class TrainingState:
 def open_training(uri: str, config: Config) -> TrainingState:
     """Opens a checkpoint to resume. Raises: TrainingError if it was trained under another configuration."""
     artifact = store.open_artifact(uri, KIND, verify=True)
-    theirs = Config.model_validate(artifact.manifest.config)
+    theirs = parse_config(artifact.manifest.config, uri)
     changed = _differences(theirs, config)
     if changed:
         raise TrainingError(

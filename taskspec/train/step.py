@@ -18,7 +18,7 @@ from taskspec.errors import TrainingError
 from taskspec.model.encoder import Encoder
 from taskspec.specialize.collectives import Collectives
 from taskspec.specialize.gradients import FlatParameters, TaskLoss, task_gradients
-from taskspec.specialize.methods import make_method
+from taskspec.specialize.methods import TaskGradients, make_method
 from taskspec.specialize.sensitivity import Specialized, mean_gradient
 
 
@@ -64,7 +64,14 @@ class Trainer:
         if self.collectives.workers > 1:
             self.forward = DistributedDataParallel(self.task_loss, forward_sync_buffers=False)
         tasks = [task.name for task in config.trained_tasks]
-        self.method = make_method(config.specialization, tasks, self.flat.theta_P, config.train.steps)
+        self.method = make_method(
+            config.specialization,
+            len(tasks),
+            self.flat.theta_P,
+            self.flat.pieces,
+            steps=config.train.steps,
+            seed=config.seed,
+        )
         self.parameter = nn.Parameter(self.flat.theta_P)
         self.optimizer = torch.optim.AdamW(
             [self.parameter], lr=config.train.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
@@ -79,7 +86,8 @@ class Trainer:
         ordered = [batches[task].to(self.device) for task in self.tasks]
         loss_T, accuracy_T = task_gradients(self.forward, self.flat, ordered, self.grad_TP, self.collectives)
         with torch.no_grad():
-            update = self.method.update(self.flat.theta_P, self.grad_TP, describe=describe)
+            gradients = TaskGradients(self.flat.theta_P, self.grad_TP, loss_T, self._second_moment())
+            update = self.method.update(gradients, describe=describe)
             norm = float(update.grad_P.norm())
             if not norm < float("inf"):
                 self._refuse(step)
@@ -116,6 +124,15 @@ class Trainer:
     def seed_dropout(self, step: int) -> None:
         words = canonical_sha256([self.config.seed, step, self.collectives.rank])
         torch.manual_seed(int(words[:15], 16))
+
+    def _second_moment(self) -> Tensor | None:
+        """Adam's v̂, (P,), for methods that ask for it."""
+        state = self.optimizer.state.get(self.parameter)
+        if not state or self.config.specialization.measure != "adam":
+            return None
+        beta = self.optimizer.param_groups[0]["betas"][1]
+        second_moment_P: Tensor = state["exp_avg_sq"] / (1 - beta ** float(state["step"]))
+        return second_moment_P
 
     def _refuse(self, step: int) -> None:
         bad = [task for task, grad_P in zip(self.tasks, self.grad_TP, strict=True) if not grad_P.isfinite().all()]

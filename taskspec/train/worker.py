@@ -191,6 +191,7 @@ class Log:
             if task in self.dev_accuracy:
                 tasks[task]["dev_accuracy"] = self.dev_accuracy[task]
         assert result.specialized is not None
+        queries = self._queries_per_step * len(self._results)
         line = {
             "step": step,
             "tasks": tasks,
@@ -201,7 +202,9 @@ class Log:
             "gradient_ratio": result.gradient_ratio,
             "clip_rate": sum(r.clipped for r in self._results) / len(self._results),
             "learning_rate": result.learning_rate,
-            "queries_per_second": self._queries_per_step * len(self._results) / seconds,
+            "queries": queries,
+            "seconds": seconds,
+            "queries_per_second": queries / seconds,
             "wait_share": waited / seconds,
             "bytes_sent": self._trainer.collectives.bytes_sent,
         }

@@ -1,0 +1,134 @@
+"""One trial of a sweep: train, index, evaluate, analyze; the index is removed when its checkpoint has been measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING
+
+from jobs.pipeline import Inputs, train_run
+from taskspec import store
+from taskspec.arms import Candidate
+from taskspec.config import Config, canonical_sha256
+from taskspec.evaluate.run import evaluate
+from taskspec.evaluate.trials import Cost, Trial
+from taskspec.train.checkpoint import open_encoder, training_identity
+
+if TYPE_CHECKING:
+    from taskspec.data.prepared import PreparedData
+    from taskspec.model.encoder import TextEncoder
+    from taskspec.specialize.analysis import Ablation, Ownership
+
+PROBE_STEPS = 16
+"""Steps whose batches measure who owns which parameter: those after the last one trained on."""
+COURSE = ("entropy", "saturation", "gradient_ratio", "clip_rate")
+
+
+def trial_key(candidate: Candidate, seed: int | None, inputs: Inputs) -> str:
+    """sha256, 16 hex characters, of everything that decides a trial's numbers but the number of workers."""
+    plan = candidate.plan
+    runs = {} if seed is None else {task: training_identity(one) for task, one in candidate.runs(seed).items()}
+    measured = [plan.lexical, plan.held_out, plan.analyze, candidate.config.evaluate.model_dump(mode="json")]
+    return canonical_sha256([runs, measured, inputs.ids()])[:16]
+
+
+def measure(candidate: Candidate, seed: int | None, inputs: Inputs) -> Trial:
+    """Trains and measures one candidate with one seed. Ray must be connected."""
+    from taskspec.data.prepared import PreparedData
+
+    prepared = PreparedData.open(inputs.prepared)
+    if seed is None:
+        return _lexical_trial(candidate, prepared)
+    return combined([_dense_trial(candidate, seed, one, inputs, prepared) for one in candidate.runs(seed).values()])
+
+
+def combined(trials: Sequence[Trial]) -> Trial:
+    """The trial of several retrievers of one task each: all scores, and the sum of the costs."""
+    first = trials[0]
+    if len(trials) == 1:
+        return first
+    costs = [trial.cost for trial in trials if trial.cost]
+    return replace(
+        first,
+        scores={task: scores for trial in trials for task, scores in trial.scores.items()},
+        cost=Cost(**{field.name: sum(getattr(cost, field.name) for cost in costs) for field in fields(Cost)}),
+        course={},
+        checkpoint=None,
+    )
+
+
+def _lexical_trial(candidate: Candidate, prepared: PreparedData) -> Trial:
+    from taskspec.negatives.bm25 import BM25
+
+    settings = candidate.config.evaluate
+    rows = evaluate(BM25.build(prepared), prepared, prepared.tasks("dev"), settings, system="bm25")
+    return Trial(
+        arm=candidate.arm,
+        row=candidate.row,
+        values=candidate.values,
+        candidate=candidate.label,
+        seed=None,
+        scores={row.task: row.per_query_rprec for row in rows},
+        zero_shot={},
+        cost=None,
+        course={},
+        ownership=None,
+        ablations={},
+        checkpoint=None,
+    )
+
+
+def _dense_trial(candidate: Candidate, seed: int, config: Config, inputs: Inputs, prepared: PreparedData) -> Trial:
+    from taskspec.evaluate.zero_shot import zero_shot
+    from taskspec.index.build import build_index
+    from taskspec.retrieve.retriever import Retriever
+    from taskspec.train.worker import read_metrics
+
+    plan = candidate.plan
+    run = train_run(config, inputs)
+    index = store.join(config.artifacts, "sweep", "indexes", run.uri.rpartition("/")[2])
+    built = build_index(config, run.best_uri, inputs.prepared, index)
+    folder = store.open_artifact(index, "index").folder
+    retriever = Retriever.open(run.best_uri, index)
+    tasks = [task.name for task in config.trained_tasks if task.name in prepared.tasks("dev")]
+    rows = evaluate(retriever, prepared, tasks, config.evaluate, system=config.specialization.method)
+    lines = read_metrics(run.uri)
+    encoder = open_encoder(run.best_uri)
+    ownership, ablations = _analyze(config, encoder, inputs, prepared, seed) if plan.analyze else (None, {})
+    trial = Trial(
+        arm=candidate.arm,
+        row=candidate.row,
+        values=candidate.values,
+        candidate=candidate.label,
+        seed=seed,
+        scores={row.task: row.per_query_rprec for row in rows},
+        zero_shot=zero_shot(retriever, prepared, config, plan.held_out) if plan.held_out else {},
+        cost=Cost(
+            retrievers=1,
+            training_queries=sum(line["queries"] for line in lines),
+            training_seconds=sum(line["seconds"] for line in lines),
+            parameters=sum(parameter.numel() for parameter in encoder.encoder.parameters()),
+            index_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+            passages_embedded=built.passages,
+        ),
+        course={name: tuple((line["step"], line[name]) for line in lines if line[name] is not None) for name in COURSE},
+        ownership=ownership,
+        ablations=ablations,
+        checkpoint=run.best_uri,
+    )
+    if not config.sweep.keep_indexes:
+        store.remove(index)
+    return trial
+
+
+def _analyze(
+    config: Config, encoder: TextEncoder, inputs: Inputs, prepared: PreparedData, seed: int
+) -> tuple[Ownership, dict[str, Ablation]]:
+    from taskspec.evaluate.ablation import ablate
+    from taskspec.specialize.analysis import ownership, probe
+    from taskspec.train.worker import TrainJob, make_maker
+
+    maker = make_maker(TrainJob(config, inputs.prepared, inputs.negatives, ""), encoder.tokenizer.tokenizer, 0, 1)
+    steps = [maker.step(config.train.steps + number) for number in range(PROBE_STEPS)]
+    found = probe(encoder.encoder, config.contrastive.temperature, steps)
+    return ownership(found), ablate(encoder, prepared, found, config.evaluate, seed=seed)

@@ -1,0 +1,160 @@
+"""The arms of a comparison: a YAML file of named changes to one configuration → candidates, checked before any work.
+
+Path: configuration, arms file → [here] → sweep job.  An *arm* is a way to train. Its `grid` makes one row of the
+tables for each combination of values; its `choose` makes candidates of each row, of which the comparison takes the best
+without letting a query choose what measures it. A *candidate* with a seed is one trial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from taskspec.config import Config, Section, with_values
+from taskspec.errors import ConfigError
+
+SECTIONS = ("prompts", "model", "contrastive", "mixing", "specialization", "train")
+"""What arms may change: prepared data and negatives are the same for all."""
+
+
+class Arm(Section):
+    """One way to train."""
+
+    question: str = ""
+    """What the arm is to show or should change, said before it runs."""
+    set: dict[str, Any] = Field({})
+    """Dotted key → value, for all candidates."""
+    grid: dict[str, tuple[Any, ...]] = Field({})
+    """Dotted key → values: a row for each combination."""
+    choose: dict[str, tuple[Any, ...]] = Field({})
+    """Dotted key → values that each row chooses between."""
+    seeds: int | None = Field(None, ge=1)
+    """Only so many of the sweep's seeds, the first ones; None is all."""
+    held_out: tuple[str, ...] = ()
+    """Tasks left out of training and answered zero-shot."""
+    per_task: bool = False
+    """One retriever for each task instead of one for all."""
+    lexical: bool = False
+    """BM25 instead of a trained retriever; nothing else can be set."""
+    analyze: bool = False
+    """Also measure who owns which parameter, and what zeroing the owned ones does."""
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> Self:
+        if self.lexical and (self.set or self.grid or self.choose or self.held_out or self.per_task or self.analyze):
+            raise ValueError("lexical is BM25, which has nothing to set; leave out the other keys")
+        if self.per_task and (self.held_out or self.analyze):
+            raise ValueError("per_task trains models of one task each; held_out and analyze need one of several tasks")
+        empty = [key for key, values in (self.grid | self.choose).items() if not values]
+        if empty:
+            raise ValueError(f"{empty[0]} has no values; name at least one")
+        twice = [key for key in self.grid if key in self.choose or key in self.set] + [
+            key for key in self.choose if key in self.set
+        ]
+        if twice:
+            raise ValueError(f"{twice[0]} is in two of set, grid and choose; leave it in one")
+        for key in (*self.set, *self.grid, *self.choose):
+            if key.partition(".")[0] not in SECTIONS:
+                raise ValueError(f"{key} cannot differ between arms; what can: {', '.join(SECTIONS)}")
+        return self
+
+
+class Arms(Section):
+    """What is compared with what."""
+
+    baseline: str
+    """The row that all others are compared with."""
+    arms: dict[str, Arm] = Field(min_length=1)
+    """Name → arm, in the order of the tables."""
+
+
+class Candidate(NamedTuple):
+    """One configuration of an arm, seed aside."""
+
+    arm: str
+    row: str
+    values: Mapping[str, Any]
+    """The point of the grid."""
+    label: str
+    """The chosen values; empty where there is nothing to choose."""
+    plan: Arm
+    config: Config
+    """Of the one run; with `per_task`, what the runs of all tasks have in common."""
+
+    def runs(self, seed: int) -> dict[str, Config]:
+        """Task → configuration with `per_task`, "" → configuration otherwise."""
+        if not self.plan.per_task:
+            return {"": with_values(self.config, {"seed": seed})}
+        return {
+            task.name: with_values(
+                self.config, {"seed": seed, "specialization.method": "single", "train.tasks": [task.name]}
+            )
+            for task in self.config.trained_tasks
+        }
+
+
+def read_arms(source: str) -> Arms:
+    """Reads an arms file, or a preset of `jobs/arms` by its name.
+
+    Raises: ConfigError naming file, key, value and the known keys.
+    """
+    path = Path(source)
+    if not path.suffix and not path.exists():
+        folder = Path(__file__).resolve().parent.parent / "jobs" / "arms"
+        path = folder / f"{source}.yaml"
+        if not path.exists():
+            known = ", ".join(sorted(preset.stem for preset in folder.glob("*.yaml")))
+            raise ConfigError(f"{source}: neither a file nor a preset of arms; presets: {known}")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a YAML file or a preset's name") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+    try:
+        return Arms.model_validate(tree)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        section = Arm if len(problem["loc"]) > 2 else Arms
+        hint = f"; known keys: {', '.join(section.model_fields)}" if problem["type"] == "extra_forbidden" else ""
+        raise ConfigError(f"{path}: {key}: {problem['msg'].removeprefix('Value error, ')}{hint}") from error
+
+
+def expand(arms: Arms, config: Config) -> list[Candidate]:
+    """Every candidate of every arm, each with its checked configuration.
+
+    Raises: ConfigError naming the arm, for a change that the configuration refuses, an unknown held-out task, or a
+        baseline that is no row.
+    """
+    result = []
+    for name, arm in arms.arms.items():
+        for values in _combinations(arm.grid):
+            row = " ".join([name, *map(_setting, values.items())])
+            for chosen in _combinations(arm.choose):
+                label = " ".join(map(_setting, chosen.items()))
+                changes = {**arm.set, **values, **chosen}
+                if arm.held_out:
+                    for task in arm.held_out:
+                        config.task(task)
+                    changes["train.tasks"] = [t.name for t in config.trained_tasks if t.name not in arm.held_out]
+                changed = with_values(config, changes, f"arm {row}")
+                result.append(Candidate(name, row, values, label, arm, changed))
+    rows = dict.fromkeys(candidate.row for candidate in result)
+    if arms.baseline not in rows:
+        raise ConfigError(f"baseline {arms.baseline!r} is no row of the comparison; rows: {', '.join(rows)}")
+    return result
+
+
+def _combinations(choices: Mapping[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
+    return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
+
+
+def _setting(item: tuple[str, Any]) -> str:
+    key, value = item
+    return f"{key.rpartition('.')[2]}={value:g}" if isinstance(value, float) else f"{key.rpartition('.')[2]}={value}"

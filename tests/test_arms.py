@@ -1,0 +1,95 @@
+"""Arms files: what they expand to, and what is refused before any work."""
+
+import pytest
+
+from taskspec.arms import Arms, expand, read_arms
+from taskspec.config import Config, load_config
+from taskspec.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return load_config("quickstart")
+
+
+def arms(tree: str, tmp_path) -> Arms:
+    path = tmp_path / "arms.yaml"
+    path.write_text(tree)
+    return read_arms(str(path))
+
+
+def test_a_grid_makes_rows_and_a_choice_makes_candidates(config, tmp_path):
+    found = expand(
+        arms(
+            "{baseline: mean, arms: {mean: {set: {specialization.method: mean}}, taco: {"
+            "grid: {specialization.strength: [0.5, 2]}, choose: {train.learning_rate: [1.0e-3, 2.0e-3]}}}}",
+            tmp_path,
+        ),
+        config,
+    )
+    assert [(c.row, c.label) for c in found] == [
+        ("mean", ""),
+        ("taco strength=0.5", "learning_rate=0.001"),
+        ("taco strength=0.5", "learning_rate=0.002"),
+        ("taco strength=2", "learning_rate=0.001"),
+        ("taco strength=2", "learning_rate=0.002"),
+    ]
+    last = found[-1]
+    assert (last.config.specialization.strength, last.config.train.learning_rate) == (2.0, 0.002)
+    assert last.values == {"specialization.strength": 2}
+    assert list(last.runs(seed=7)) == [""]
+    assert last.runs(seed=7)[""].seed == 7
+    assert found[0].config.train == config.train
+
+
+def test_one_retriever_per_task_is_one_run_for_each(config, tmp_path):
+    (found,) = expand(arms("{baseline: single, arms: {single: {per_task: true}}}", tmp_path), config)
+    runs = found.runs(seed=0)
+    assert list(runs) == [task.name for task in config.tasks]
+    assert all(one.trained_tasks == (one.task(name),) for name, one in runs.items())
+    assert {one.specialization.method for one in runs.values()} == {"single"}
+
+
+def test_held_out_tasks_are_not_trained(config, tmp_path):
+    (found,) = expand(arms("{baseline: few, arms: {few: {held_out: [nq, wow]}}}", tmp_path), config)
+    trained = [task.name for task in found.config.trained_tasks]
+    assert trained == [task.name for task in config.tasks if task.name not in ("nq", "wow")]
+
+
+def test_the_presets_expand_for_the_quickstart(config):
+    rows = [candidate.row for candidate in expand(read_arms("strength"), config)]
+    assert rows[:3] == ["bm25", "mean", "taco strength=0.1"]
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ("{baseline: b, arms: {a: {}}}", "baseline 'b' is no row of the comparison; rows: a"),
+        ("{baseline: a, arms: {a: {lexical: true, analyze: true}}}", "lexical is BM25, which has nothing to set"),
+        ("{baseline: a, arms: {a: {per_task: true, analyze: true}}}", "per_task trains models of one task each"),
+        ("{baseline: a, arms: {a: {grid: {train.steps: []}}}}", "train.steps has no values; name at least one"),
+        (
+            "{baseline: a, arms: {a: {set: {train.steps: 1}, choose: {train.steps: [1]}}}}",
+            "train.steps is in two of set, grid and choose",
+        ),
+        (
+            "{baseline: a, arms: {a: {set: {data.passage_words: 50}}}}",
+            "data.passage_words cannot differ between arms; what can: prompts, model",
+        ),
+        ("{baseline: a, arms: {a: {sett: {}}}}", "arms.a.sett: .*; known keys: question, set, grid"),
+        ("{baseline: a, arms: {a: {}}, arm: {}}", "known keys: baseline, arms"),
+        ("{baseline: a, arms: {a: {set: {train.stepps: 3}}}}", r"arm a: unknown key train.stepps; known: tasks, steps"),
+        ("{baseline: a, arms: {a: {held_out: [nqq]}}}", "unknown task 'nqq'; known: fever"),
+        ("[", "is not YAML"),
+    ],
+)
+def test_what_is_wrong_with_an_arms_file_is_said(tree, message, config, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        expand(arms(tree, tmp_path), config)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"gone\.yaml: cannot be read \(No such file or directory\)"):
+        read_arms(str(tmp_path / "gone.yaml"))
+    with pytest.raises(ConfigError, match=r"strenght: neither a file nor a preset of arms; presets: .*strength"):
+        read_arms("strenght")
