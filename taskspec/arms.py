@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -37,8 +37,9 @@ class Arm(Section):
     """Only so many of the sweep's seeds, the first ones; None is all."""
     held_out: tuple[str, ...] = ()
     """Tasks left out of training and answered zero-shot."""
-    per_task: bool = False
-    """One retriever for each task instead of one for all."""
+    per_task: Literal["share", "all"] | None = None
+    """One retriever for each task instead of one for all. `share`: each sees the queries that its task has among the
+    others, so that all together see as many as one for all. `all`: each sees as many as one for all."""
     lexical: bool = False
     """BM25 instead of a trained retriever; nothing else can be set."""
     analyze: bool = False
@@ -88,14 +89,15 @@ class Candidate(NamedTuple):
 
     def runs(self, seed: int) -> dict[str, Config]:
         """Task → configuration with `per_task`, "" → configuration otherwise."""
-        if not self.plan.per_task:
+        if self.plan.per_task is None:
             return {"": with_values(self.config, {"seed": seed})}
-        return {
-            task.name: with_values(
-                self.config, {"seed": seed, "specialization.method": "single", "train.tasks": [task.name]}
-            )
-            for task in self.config.trained_tasks
-        }
+        runs = {}
+        for task in self.config.trained_tasks:
+            changes: dict[str, Any] = {"seed": seed, "specialization.method": "single", "train.tasks": [task.name]}
+            if self.plan.per_task == "all":  # a step's queries are split between the configuration's tasks
+                changes["tasks"] = [task.model_dump(mode="json")]
+            runs[task.name] = with_values(self.config, changes)
+        return runs
 
 
 def read_arms(source: str) -> Arms:

@@ -125,7 +125,7 @@ baseline: mean
 arms:
   bm25: {lexical: true}
   mean: {set: {specialization.method: mean}}
-  single: {per_task: true, seeds: 1, set: {train.steps: 1}}
+  single: {per_task: share, seeds: 1, set: {train.steps: 1}}
   taco: {analyze: true, grid: {specialization.strength: [0.0, 2.0]}}
   few: {held_out: [wow], choose: {train.learning_rate: [0.001, 0.002]}, seeds: 1}
 """

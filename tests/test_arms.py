@@ -43,9 +43,12 @@ def test_a_grid_makes_rows_and_a_choice_makes_candidates(config, tmp_path):
 
 
 def test_one_retriever_per_task_is_one_run_for_each(config, tmp_path):
-    (found,) = expand(arms("{baseline: single, arms: {single: {per_task: true}}}", tmp_path), config)
-    runs = found.runs(seed=0)
-    assert list(runs) == [task.name for task in config.tasks]
+    tree = "{baseline: share, arms: {share: {per_task: share}, all: {per_task: all}}}"
+    share, whole = expand(arms(tree, tmp_path), config)
+    runs = share.runs(seed=0)
+    assert list(runs) == list(whole.runs(seed=0)) == [task.name for task in config.tasks]
+    assert all(one.tasks == config.tasks for one in runs.values())
+    assert [one.tasks for one in whole.runs(seed=0).values()] == [(task,) for task in config.tasks]
     assert all(one.trained_tasks == (one.task(name),) for name, one in runs.items())
     assert {one.specialization.method for one in runs.values()} == {"single"}
 
@@ -66,7 +69,7 @@ def test_the_presets_expand_for_the_quickstart(config):
     [
         ("{baseline: b, arms: {a: {}}}", "baseline 'b' is no row of the comparison; rows: a"),
         ("{baseline: a, arms: {a: {lexical: true, analyze: true}}}", "lexical is BM25, which has nothing to set"),
-        ("{baseline: a, arms: {a: {per_task: true, analyze: true}}}", "per_task trains models of one task each"),
+        ("{baseline: a, arms: {a: {per_task: share, analyze: true}}}", "per_task trains models of one task each"),
         ("{baseline: a, arms: {a: {grid: {train.steps: []}}}}", "train.steps has no values; name at least one"),
         (
             "{baseline: a, arms: {a: {set: {train.steps: 1}, choose: {train.steps: [1]}}}}",

@@ -1,4 +1,4 @@
-"""The command lines: instant help, errors as one line, what cannot be placed."""
+"""The command lines: instant help, errors as one line, what cannot be placed; trials of several retrievers."""
 
 import subprocess
 import sys
@@ -8,8 +8,10 @@ import pytest
 import yaml
 
 from jobs import cli, train
+from jobs.trial import combined
 from taskspec import cluster
 from taskspec.errors import PlacementError
+from taskspec.evaluate.trials import Cost, Trial
 
 JOBS = ["download", "evaluate", "index", "mine", "pipeline", "prepare", "quickstart", "sweep", "train"]
 
@@ -75,3 +77,39 @@ def test_what_the_cluster_cannot_hold_is_refused_with_both_numbers(ray_cluster):
         cluster.require("training", cpus=99, gpus=1, wait_s=0.5)
     assert time.monotonic() - started < 30
     cluster.require("training", cpus=4, wait_s=0)
+
+
+def test_a_trial_of_one_retriever_per_task_has_all_scores_and_the_sum_of_the_costs():
+    def trial(task: str, queries: int) -> Trial:
+        cost = Cost(
+            retrievers=1,
+            training_queries=queries,
+            training_seconds=0.5,
+            parameters=10,
+            index_bytes=20,
+            passages_embedded=5,
+        )
+        return Trial(
+            arm="single",
+            row="single",
+            values={},
+            candidate="",
+            seed=0,
+            scores={task: (1.0,)},
+            zero_shot={},
+            cost=cost,
+            course={"entropy": ((1, 1.0),)},
+            ownership=None,
+            ablations={},
+            checkpoint=task,
+        )
+
+    one = trial("nq", 100)
+    assert combined([one]) is one
+    both = combined([one, trial("fever", 50)])
+    assert both.scores == {"nq": (1.0,), "fever": (1.0,)}
+    assert both.cost == Cost(
+        retrievers=2, training_queries=150, training_seconds=1.0, parameters=20, index_bytes=40, passages_embedded=10
+    )
+    assert both.checkpoint is None
+    assert both.course == {}
