@@ -62,7 +62,7 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
     candidates = expand(arms, config)
 
     from taskspec import cluster
-    from taskspec.evaluate.comparison_report import STRENGTH
+    from taskspec.evaluate.comparison import STRENGTH
     from taskspec.train.launch import needed_cpus
 
     cluster.connect(config.cluster)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from taskspec.config import Config, parse_config
-from taskspec.evaluate import comparison_report, statistics
-from taskspec.evaluate.comparison import Comparison
-from taskspec.evaluate.comparison_report import CHANGE, STRENGTH, write_comparison
+from taskspec.evaluate import comparison_figures, statistics
+from taskspec.evaluate.comparison import STRENGTH, Comparison
+from taskspec.evaluate.comparison_report import CHANGE, write_comparison
 from taskspec.evaluate.statistics import seed_interval
 from taskspec.evaluate.trials import Cost, Trial
 from taskspec.specialize.analysis import Ablation, Ownership
@@ -263,12 +263,20 @@ def test_sections_without_data_and_their_files_are_absent(tmp_path: Path) -> Non
 
 def test_each_recommendation_has_its_reason_and_only_those_at_an_end_warn(page: Page, comparison: Comparison) -> None:
     text = page.sections["Recommended strength"]
-    cards = dict(zip(("taco", ENDS, "held"), re.split(r"(?=taco: |ends-|held: )", text)[1:], strict=True))
+    cards = dict(zip(("taco", ENDS), re.split(r"(?=taco: |ends-)", text)[1:], strict=True))
     for arm, card in cards.items():
         found = comparison.recommend(arm, STRENGTH)
         assert card.startswith(f"{arm}: {found.value:g}{found.reason}.")
         assert ("end of the range" in card) == found.at_end
-    assert [comparison.recommend(arm, STRENGTH).at_end for arm in cards] == [False, True, True]
+    assert [comparison.recommend(arm, STRENGTH).at_end for arm in cards] == [False, True]
+
+
+def test_no_strength_is_recommended_for_an_arm_with_held_out_tasks(page: Page, folder: Path, comparison) -> None:
+    assert len(comparison.curve("held", STRENGTH)) > 1
+    assert comparison.recommend("held", STRENGTH) is None
+    assert "held" not in page.sections["Recommended strength"]
+    assert {r["arm"] for r in records(folder / "strength.csv")} == {"taco", ENDS}
+    assert {r["arm"] for r in records(folder / "transfer.csv")} == {"held"}
 
 
 def test_every_row_is_in_every_table_that_is_about_all_rows(page: Page, folder: Path, comparison: Comparison) -> None:
@@ -366,7 +374,7 @@ def test_the_strength_curves_file_holds_averages_intervals_and_seeds(page: Page,
         "seed 1": averages_S[1],
     }
     levels = {r["arm"]: float(r["value"]) for r in found if r["line"] == "mean"}
-    assert levels == {arm: pytest.approx(comparison.baseline.average) for arm in ("taco", ENDS, "held")}
+    assert levels == {arm: pytest.approx(comparison.baseline.average) for arm in ("taco", ENDS)}
 
 
 def test_the_baselines_level_is_over_the_tasks_of_the_curve(tmp_path: Path) -> None:
@@ -456,7 +464,7 @@ def test_tasks_hit_and_specific_are_counted_apart_and_each_choice_of_elements_al
 
 def test_maps_of_many_rows_are_folded(tmp_path: Path, page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
     assert page.tags.count("details") == 1
-    monkeypatch.setattr(comparison_report, "MAPS_OPEN", 0)
+    monkeypatch.setattr(comparison_figures, "MAPS_OPEN", 0)
     folded = written(tmp_path, Comparison.of([trial("mean", ablations=ablations(0.1))], "mean"))
     assert folded.tags.count("details") == 2
     assert "1 maps" in folded.source

@@ -22,6 +22,8 @@ TEXT_WIDTH = 120
 NAME_WIDTH = 20
 """Columns to which a row's name may be cut."""
 
+STRENGTH = "specialization.strength"
+"""The key that curves are drawn over and a value is recommended of."""
 ALL, EVEN, ODD = slice(None), slice(0, None, 2), slice(1, None, 2)
 """Which queries of a task, by their number."""
 
@@ -109,6 +111,12 @@ class Row:
         """Over the seeds and queries of one task of `scores`."""
         return float(self.scores[task].mean())
 
+    def used_trials(self) -> list[Trial]:
+        """The trials that measured the row: of the chosen candidates, with the seeds that count; of equal ones the
+        last."""
+        last = {(trial.candidate, trial.seed): trial for trial in self.trials}
+        return [last[candidate, seed] for candidate in dict.fromkeys(self.chosen) for seed in self.seeds or (None,)]
+
     def minus(self, other: Row, task: str | None = None) -> Difference:
         """This row minus another, on the seeds that both have, on one task or on all that both have.
 
@@ -186,6 +194,11 @@ class Comparison:
         """Those of the baseline, in its order."""
         return tuple(self.baseline.scores)
 
+    @property
+    def whole_rows(self) -> list[Row]:
+        """The rows with the tasks of the baseline: averages of others, over other tasks, do not compare with theirs."""
+        return [row for row in self.rows if row.scores.keys() == self.baseline.scores.keys()]
+
     def row(self, name: str) -> Row:
         """Raises: ConfigError with the known names."""
         return _named(self.rows, name)
@@ -225,9 +238,10 @@ class Comparison:
         return tuple(sorted(((float(row.values[key]), row) for row in rows), key=lambda point: point[0]))
 
     def recommend(self, arm: str, key: str) -> Recommendation | None:
-        """What a curve says about its key; None if it has fewer than 2 points."""
+        """What a curve says about its key; None if it has fewer than 2 points, or tasks were held out: such a curve is
+        about transfer, and none of its rows is one to ship."""
         curve = self.curve(arm, key)
-        if len(curve) < 2:
+        if len(curve) < 2 or curve[0][1].trials[0].zero_shot:
             return None
         best, best_row = max(curve, key=lambda point: point[1].average)
         against_best = ((value, row, row.minus(best_row)) for value, row in curve)

@@ -1,7 +1,7 @@
 """What the reports are made of: one HTML page that stands alone, its tables, its figures and their files.
 
-Path: [here] → report, comparison report.  A page needs no network: figures are data URIs, there is no script. Functions
-take plain text, escape it and return HTML; nothing here knows what is reported.
+Path: [here] → report, comparison figures, comparison report.  A page needs no network: figures are data URIs, there is
+no script. Functions take plain text, escape it and return HTML; nothing here knows what is reported.
 """
 
 from __future__ import annotations
