@@ -63,7 +63,11 @@ class Server:
 
             def do_HEAD(self) -> None:
                 self._answer(body=False)
-                server.after_head()
+
+            def end_headers(self) -> None:
+                if self.command == "HEAD":  # the answer stands, and the client cannot have asked on yet
+                    server.after_head()
+                super().end_headers()
 
             def do_GET(self) -> None:
                 self._answer(body=True)
