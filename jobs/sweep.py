@@ -118,7 +118,7 @@ def planned_trials(config: Config, candidates: Sequence[Candidate], inputs: Inpu
 
 
 def _run_trials(config: Config, trials: Sequence[Planned], inputs: Inputs, folder: str) -> None:
-    """Raises: TrainingError naming the trials that failed."""
+    """Raises: TrainingError naming the trials that failed; KeyboardInterrupt if Tune was interrupted."""
     import os
     import tempfile
 
@@ -144,6 +144,8 @@ def _run_trials(config: Config, trials: Sequence[Planned], inputs: Inputs, folde
             f"{len(failed)} of {len(trials)} trials failed, the others are kept: {'; '.join(failed)}; "
             f"run the same command again to make what is missing"
         )
+    if not all(store.exists(_file(folder, trial.key)) for trial in trials):
+        raise KeyboardInterrupt  # Tune takes Ctrl-C for itself and returns as if it had finished
 
 
 def _trial(point: dict[str, Any], trials: Sequence[Planned], inputs: Inputs, folder: str) -> None:

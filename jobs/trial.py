@@ -25,7 +25,10 @@ COURSE = ("entropy", "saturation", "gradient_ratio", "clip_rate")
 
 
 def trial_key(candidate: Candidate, seed: int | None, inputs: Inputs) -> str:
-    """sha256, 16 hex characters, of everything that decides a trial's numbers but the number of workers."""
+    """sha256, 16 hex characters, of the configuration and inputs that decide a trial's numbers.
+
+    Not of the code, nor of workers and threads, which decide only the rounding.
+    """
     plan = candidate.plan
     runs = {} if seed is None else {task: training_identity(one) for task, one in candidate.runs(seed).items()}
     measured = [plan.lexical, plan.held_out, plan.analyze, candidate.config.evaluate.model_dump(mode="json")]

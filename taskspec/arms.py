@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import product
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from taskspec.config import Config, Section, with_values
+from taskspec.config import Config, Section, presets_folder, read_yaml, with_values
 from taskspec.errors import ConfigError
 
 SECTIONS = ("prompts", "model", "contrastive", "mixing", "specialization", "train")
@@ -105,19 +103,7 @@ def read_arms(source: str) -> Arms:
 
     Raises: ConfigError naming file, key, value and the known keys.
     """
-    path = Path(source)
-    if not path.suffix and not path.exists():
-        folder = Path(__file__).resolve().parent.parent / "jobs" / "arms"
-        path = folder / f"{source}.yaml"
-        if not path.exists():
-            known = ", ".join(sorted(preset.stem for preset in folder.glob("*.yaml")))
-            raise ConfigError(f"{source}: neither a file nor a preset of arms; presets: {known}")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a YAML file or a preset's name") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+    path, tree = read_yaml(source, presets_folder().parent / "arms")
     try:
         return Arms.model_validate(tree)
     except ValidationError as error:

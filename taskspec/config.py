@@ -318,6 +318,25 @@ def presets_folder() -> Path:
     return Path(__file__).resolve().parent.parent / "jobs" / "configs"
 
 
+def read_yaml(source: str | Path, presets: Path) -> tuple[Path, Any]:
+    """Reads a YAML file, or one of a folder of presets by its name. Returns: the file's path and what it holds.
+
+    Raises: ConfigError if there is no such file or preset, naming the presets, or if it is not YAML.
+    """
+    path = Path(source)
+    if not path.suffix and not path.exists():
+        path = presets / f"{source}.yaml"
+        if not path.exists():
+            known = ", ".join(sorted(preset.stem for preset in presets.glob("*.yaml")))
+            raise ConfigError(f"{source}: neither a file nor a preset; presets: {known}")
+    try:
+        return path, yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a YAML file or a preset's name") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+
+
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file, or a preset by its name, and applies `a.b=value` overrides.
 
@@ -325,19 +344,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
         tasks, by name (`--set tasks.nq.max_query_tokens=48`).
     Raises: ConfigError naming file, key, value and the known keys.
     """
-    path = Path(source)
-    if not path.suffix and not path.exists():
-        preset = presets_folder() / f"{source}.yaml"
-        if not preset.exists():
-            known = ", ".join(sorted(p.stem for p in presets_folder().glob("*.yaml")))
-            raise ConfigError(f"{source}: neither a file nor a preset; presets: {known}")
-        path = preset
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a YAML file or a preset's name") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+    path, tree = read_yaml(source, presets_folder())
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must hold keys and values but holds {type(tree).__name__}")
     for override in overrides:
