@@ -72,12 +72,6 @@ def _lexical_trial(candidate: Candidate, prepared: PreparedData) -> Trial:
         candidate=candidate.label,
         seed=None,
         scores={row.task: row.per_query_rprec for row in rows},
-        zero_shot={},
-        cost=None,
-        course={},
-        ownership=None,
-        ablations={},
-        checkpoint=None,
     )
 
 

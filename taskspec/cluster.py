@@ -27,6 +27,9 @@ def connect(config: Cluster) -> None:
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
+        if not address:
+            # Else Ray goes by the machine's cores, and warns in between a job's lines about processes it was asked for.
+            os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(config.local_cpus))
         try:
             ray.init(
                 address=address or "local",  # with None, Ray joins whatever cluster this machine happens to run

@@ -34,11 +34,6 @@ def trial(row="taco", *, seed=0, candidate="", values=None, zero_shot=None, arm=
         seed=seed,
         scores={task: tuple(map(float, of_task)) for task, of_task in scores.items()},
         zero_shot=zero_shot or {},
-        cost=None,
-        course={},
-        ownership=None,
-        ablations={},
-        checkpoint=None,
     )
 
 

@@ -96,11 +96,8 @@ def test_a_trial_of_one_retriever_per_task_has_all_scores_and_the_sum_of_the_cos
             candidate="",
             seed=0,
             scores={task: (1.0,)},
-            zero_shot={},
             cost=cost,
             course={"entropy": ((1, 1.0),)},
-            ownership=None,
-            ablations={},
             checkpoint=task,
         )
 

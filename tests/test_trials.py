@@ -46,12 +46,6 @@ BM25 = Trial(
     candidate="",
     seed=None,
     scores={"nq": (0.0,)},
-    zero_shot={},
-    cost=None,
-    course={},
-    ownership=None,
-    ablations={},
-    checkpoint=None,
 )
 
 

@@ -7,7 +7,7 @@ candidates of a *row* differ only in values that are chosen between (a learning 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from taskspec.specialize.analysis import Ablation, Ownership
@@ -45,16 +45,16 @@ class Trial:
     seed: int | None
     """None for what no seed changes (BM25)."""
     scores: Scores
-    zero_shot: Mapping[str, Scores]
+    zero_shot: Mapping[str, Scores] = field(default_factory=dict)
     """`prompt` and `no prompt` → scores on the tasks held out of training; empty where none were."""
-    cost: Cost | None
+    cost: Cost | None = None
     """None for BM25."""
-    course: Mapping[str, tuple[tuple[int, float], ...]]
+    course: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
     """Figure of the training log (`entropy`, `saturation`, `gradient_ratio`, `clip_rate`) → (step, value)."""
-    ownership: Ownership | None
-    ablations: Mapping[str, Ablation]
+    ownership: Ownership | None = None
+    ablations: Mapping[str, Ablation] = field(default_factory=dict)
     """By the elements that could be zeroed, as `ablation.ablate` returns them; empty where nothing was analyzed."""
-    checkpoint: str | None
+    checkpoint: str | None = None
     """URI; None for BM25 and where each task has its own."""
 
     def to_json(self) -> dict[str, Any]:
