@@ -47,8 +47,10 @@ def connect(config: Cluster) -> None:
     import ray.train
     import ray.tune
 
-    for name in ("ray.data", "ray.train", "ray.tune"):  # after the imports, which set these levels themselves
+    for name in ("ray.data", "ray.train"):  # after the imports, which set these levels themselves
         logging.getLogger(name).setLevel(logging.WARNING)
+    # After Ctrl-C, Tune tells how to restore from its own folder; a sweep goes on from its trials' files.
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
 
 
 def prepare_ray_data() -> Any:

@@ -143,6 +143,13 @@ def test_sizes_grow_with_the_pages_and_small_worlds_fill_their_files(tmp_path: P
         assert len(read(dev)) == 16
 
 
+def test_a_world_may_have_more_dev_queries_and_then_trains_on_as_many_as_before(tmp_path: Path) -> None:
+    world = write_world(tmp_path, pages=200, seed=4, dev_queries=24)
+    for task, (train, dev) in world.tasks.items():
+        assert len(read(train)) == round(200 * TASKS[task].train_per_page)
+        assert len(read(dev)) == 24
+
+
 def test_too_few_pages_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="pages: a generated world has at least 200 pages but got 199"):
         write_world(tmp_path, pages=199, seed=0)

@@ -22,7 +22,7 @@ from taskspec.errors import ConfigError
 FEWEST_PAGES = 200
 """Fewer do not hold enough distinct queries for the smallest dev sets."""
 DEV_PER_PAGE, FEWEST_DEV, MOST_DEV = 0.053, 16, 2000
-"""Dev queries of each task, whatever its train size."""
+"""Dev queries of each task, whatever its train size, unless another number is asked for."""
 
 
 class World(NamedTuple):
@@ -33,11 +33,11 @@ class World(NamedTuple):
     """Task → train and dev file."""
 
 
-def write_world(folder: Path, *, pages: int, seed: int) -> World:
+def write_world(folder: Path, *, pages: int, seed: int, dev_queries: int | None = None) -> World:
     """Writes a world's knowledge source and its tasks' train and dev files.
 
-    Args: pages: from 200 to millions; tasks have 0.05 to 1.6 train queries per page, 4 together, and 1 dev query per
-        19 pages, at least 16 and at most 2,000.
+    Args: pages: from 200 to millions; tasks have 0.05 to 1.6 train queries per page, 4 together. dev_queries: of each
+        task, as long as there are slots for so many; by default 1 per 19 pages, at least 16 and at most 2,000.
     Raises: ConfigError for too few pages.
     """
     if pages < FEWEST_PAGES:
@@ -51,14 +51,17 @@ def write_world(folder: Path, *, pages: int, seed: int) -> World:
     with world.knowledge_source.open("w", encoding="utf-8") as file:
         for row in range(pages):
             _write_line(file, _page_line(encyclopedia, encyclopedia.entity(row)))
+    if dev_queries is None:
+        dev_queries = min(max(FEWEST_DEV, round(pages * DEV_PER_PAGE)), MOST_DEV)
     for name, plan in TASKS.items():
-        _write_task(encyclopedia, name, plan, seed, *world.tasks[name])
+        _write_task(encyclopedia, name, plan, seed, dev_queries, *world.tasks[name])
     return world
 
 
-def _write_task(encyclopedia: Encyclopedia, name: str, plan: TaskPlan, seed: int, train: Path, dev: Path) -> None:
+def _write_task(
+    encyclopedia: Encyclopedia, name: str, plan: TaskPlan, seed: int, dev_queries: int, train: Path, dev: Path
+) -> None:
     rng = random.Random(f"taskspec world {seed} {name}")
-    dev_queries = min(max(FEWEST_DEV, round(encyclopedia.pages * DEV_PER_PAGE)), MOST_DEV)
     unseen, seen = dev_queries // 2, dev_queries - dev_queries // 2
     rest = round(encyclopedia.pages * plan.train_per_page)
     slots = Shuffle(encyclopedia.pages * plan.choices, rng)
