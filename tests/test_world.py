@@ -150,6 +150,11 @@ def test_a_world_may_have_more_dev_queries_and_then_trains_on_as_many_as_before(
         assert len(read(dev)) == 24
 
 
+def test_more_dev_queries_than_the_pages_have_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"200 pages have \d+ dev queries of \w+ but 100000 were asked for"):
+        write_world(tmp_path, pages=200, seed=4, dev_queries=100_000)
+
+
 def test_too_few_pages_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="pages: a generated world has at least 200 pages but got 199"):
         write_world(tmp_path, pages=199, seed=0)

@@ -37,8 +37,8 @@ def write_world(folder: Path, *, pages: int, seed: int, dev_queries: int | None 
     """Writes a world's knowledge source and its tasks' train and dev files.
 
     Args: pages: from 200 to millions; tasks have 0.05 to 1.6 train queries per page, 4 together. dev_queries: of each
-        task, as long as there are slots for so many; by default 1 per 19 pages, at least 16 and at most 2,000.
-    Raises: ConfigError for too few pages.
+        task; by default 1 per 19 pages, at least 16 and at most 2,000.
+    Raises: ConfigError for too few pages, or fewer than the asked number of dev queries need.
     """
     if pages < FEWEST_PAGES:
         raise ConfigError(f"pages: a generated world has at least {FEWEST_PAGES} pages but got {pages}; ask for more")
@@ -84,6 +84,11 @@ def _write_task(
                 _write_line(train_file, _record_line(encyclopedia, f"{name}-{slot}", record))
             if not (unseen or seen or rest):
                 return
+    if unseen or seen:
+        raise ConfigError(
+            f"dev_queries: {encyclopedia.pages} pages have {dev_queries - unseen - seen} dev queries of {name} but "
+            f"{dev_queries} were asked for; ask for fewer, or for more pages"
+        )
 
 
 def _write_line(file: TextIO, value: dict[str, Any]) -> None:
