@@ -138,8 +138,9 @@ class Specialization(Section):
     projected off each other. `cgd`: one weight per task."""
     strength: float = Field(0.5, ge=0)
     """1/τ. 0 is plain multitask training; larger specializes more. The paper: 0.5."""
-    decay: float = Field(0.999, ge=0, lt=1)
-    """β of the moving average of sensitivities. The paper's code: 0.999."""
+    decay: float = Field(0.0, ge=0, lt=1)
+    """β of the moving average of sensitivities. 0, this step's alone, beats plain multitask training on the generated
+    world, where an average over the whole run is not shown to (benchmarks/README.md). The paper's code: 0.999."""
     warmup: float = Field(0.1, ge=0, le=1)
     """Share of the steps with equal weights; then strength grows from 0 over as many steps again."""
     min_warmup_steps: int = Field(100, ge=0)

@@ -323,14 +323,15 @@ def test_one_seed_recommends_the_smallest_because_it_shows_nothing():
 @pytest.mark.parametrize(
     ("averages", "at_end"),
     [
-        pytest.param({0: 0.1, 1: 0.3, 2: 0.2}, False, id="inside"),
-        pytest.param({0: 0.1, 1: 0.2, 2: 0.3}, True, id="the largest"),
-        pytest.param({0.5: 0.3, 1: 0.2, 2: 0.1}, True, id="the smallest, and smaller ones exist"),
-        pytest.param({0: 0.3, 1: 0.2, 2: 0.1}, False, id="0: nothing lies below"),
+        pytest.param({0: [0.1, 0.1], 1: [0.3, 0.3], 2: [0.2, 0.2]}, False, id="inside"),
+        pytest.param({0: [0.1, 0.1], 1: [0.2, 0.2], 2: [0.3, 0.3]}, True, id="the largest"),
+        pytest.param({0.5: [0.3, 0.3], 1: [0.2, 0.2]}, True, id="the smallest, and smaller ones exist"),
+        pytest.param({0: [0.3, 0.3], 1: [0.2, 0.2]}, False, id="0: nothing lies below"),
+        pytest.param({0.5: [0.2, 0.3], 1: [0.3, 0.3], 2: [0.2, 0.2]}, True, id="the smallest is not shown to be lower"),
     ],
 )
-def test_a_best_strength_at_the_end_of_the_range_is_told(averages, at_end):
-    found = strengths({value: [average] * 2 for value, average in averages.items()}).recommend("taco", STRENGTH)
+def test_a_strength_at_an_end_of_the_range_is_told(averages, at_end):
+    found = strengths(averages).recommend("taco", STRENGTH)
     assert found is not None
     assert found.at_end is at_end
 

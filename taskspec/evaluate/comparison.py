@@ -165,7 +165,8 @@ class Recommendation:
     reason: str
     """A sentence with the numbers."""
     at_end: bool
-    """Whether `best` is the largest value tried, or the smallest and above 0: a wider range may hold a better one."""
+    """Whether `best` is the largest value tried, or `value` the smallest and above 0: a wider range may hold a better
+    one, or a smaller one that does as well."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -254,7 +255,7 @@ class Comparison:
             reason += ", and is the smallest tried"
         else:
             reason += "; all smaller ones are shown to be lower"
-        at_end = best == curve[-1][0] or (best == curve[0][0] and best > 0)
+        at_end = best == curve[-1][0] or (value == curve[0][0] and value > 0)
         return Recommendation(value=value, best=best, reason=reason, at_end=at_end)
 
     def to_text(self) -> str:

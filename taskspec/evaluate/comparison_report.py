@@ -111,7 +111,7 @@ def _change_cell(found: Difference | None) -> Cell:
 
 
 def _advice(arm: str, found: Recommendation) -> str:
-    warning = f"⚠ The best value, {found.best:g}, lies at an end of the range: a better one may lie beyond. Try more."
+    warning = "⚠ This is an end of the range that was tried: beyond it, a value may do better, or as well. Try more."
     text = page.note(f"{arm}: {found.value:g}", "lead") + page.note(f"{found.reason}.", "sentence")
     return f"<article>{text}{page.note(warning, 'warning') if found.at_end else ''}</article>"
 
