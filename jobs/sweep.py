@@ -75,7 +75,7 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for name in arms.arms:
         found = comparison.recommend(name, STRENGTH)
         if found:
-            warning = "; an end of the range that was tried: try more" if found.at_end else ""
+            warning = "".join(f"; {end:g} lies at an end of the range: try more" for end in found.ends)
             print(f"{name}: recommended strength {found.value:g}: {found.reason}{warning}", flush=True)
             recommended[name] = found.value
     report = _write_report(config, Path(arguments.arms).stem, arms, comparison)

@@ -291,7 +291,7 @@ def test_the_smallest_strength_that_is_not_shown_to_be_lower_is_recommended():
         "taco", STRENGTH
     )
     assert found is not None
-    assert (found.value, found.best, found.at_end) == (0.5, 2, False)
+    assert (found.value, found.best, found.ends) == (0.5, 2, ())
     # t for 1 degree of freedom is 12.706, the error (0.1/√2)/√2.
     assert found.reason == (
         "strength 2 has the highest average, 60.0; 0.5 is the smallest that is not shown to be lower "
@@ -321,19 +321,20 @@ def test_one_seed_recommends_the_smallest_because_it_shows_nothing():
 
 
 @pytest.mark.parametrize(
-    ("averages", "at_end"),
+    ("averages", "ends"),
     [
-        pytest.param({0: [0.1, 0.1], 1: [0.3, 0.3], 2: [0.2, 0.2]}, False, id="inside"),
-        pytest.param({0: [0.1, 0.1], 1: [0.2, 0.2], 2: [0.3, 0.3]}, True, id="the largest"),
-        pytest.param({0.5: [0.3, 0.3], 1: [0.2, 0.2]}, True, id="the smallest, and smaller ones exist"),
-        pytest.param({0: [0.3, 0.3], 1: [0.2, 0.2]}, False, id="0: nothing lies below"),
-        pytest.param({0.5: [0.2, 0.3], 1: [0.3, 0.3], 2: [0.2, 0.2]}, True, id="the smallest is not shown to be lower"),
+        pytest.param({0: [0.1, 0.1], 1: [0.3, 0.3], 2: [0.2, 0.2]}, (), id="inside"),
+        pytest.param({0: [0.1, 0.1], 1: [0.2, 0.2], 2: [0.3, 0.3]}, (2,), id="the largest"),
+        pytest.param({0.5: [0.3, 0.3], 1: [0.2, 0.2]}, (0.5,), id="the smallest, and smaller ones exist"),
+        pytest.param({0: [0.3, 0.3], 1: [0.2, 0.2]}, (), id="0: nothing lies below"),
+        pytest.param({0.5: [0.2, 0.3], 1: [0.3, 0.3], 2: [0.2, 0.2]}, (0.5,), id="the smallest is not shown lower"),
+        pytest.param({0.5: [0.1, 0.1], 1: [0.2, 0.3], 2: [0.3, 0.3]}, (2,), id="the best, but not the recommended"),
     ],
 )
-def test_a_strength_at_an_end_of_the_range_is_told(averages, at_end):
+def test_a_strength_at_an_end_of_the_range_is_told(averages, ends):
     found = strengths(averages).recommend("taco", STRENGTH)
     assert found is not None
-    assert found.at_end is at_end
+    assert found.ends == ends
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

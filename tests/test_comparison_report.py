@@ -267,8 +267,8 @@ def test_each_recommendation_has_its_reason_and_only_those_at_an_end_warn(page: 
     for arm, card in cards.items():
         found = comparison.recommend(arm, STRENGTH)
         assert card.startswith(f"{arm}: {found.value:g}{found.reason}.")
-        assert ("end of the range" in card) == found.at_end
-    assert [comparison.recommend(arm, STRENGTH).at_end for arm in cards] == [False, True]
+        assert re.findall(r"⚠ (\S+) lies at an end of the range", card) == [f"{end:g}" for end in found.ends]
+    assert [bool(comparison.recommend(arm, STRENGTH).ends) for arm in cards] == [False, True]
 
 
 def test_no_strength_is_recommended_for_an_arm_with_held_out_tasks(page: Page, folder: Path, comparison) -> None:

@@ -164,9 +164,9 @@ class Recommendation:
     """The one with the highest average; the smallest of equal ones."""
     reason: str
     """A sentence with the numbers."""
-    at_end: bool
-    """Whether `best` is the largest value tried, or `value` the smallest and above 0: a wider range may hold a better
-    one, or a smaller one that does as well."""
+    ends: tuple[float, ...]
+    """Those of the two that lie at an end of the range: `value` if it is the smallest tried and above 0, as a smaller
+    one may do as well, and `best` if it is the largest, as a larger one may be better."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -255,8 +255,9 @@ class Comparison:
             reason += ", and is the smallest tried"
         else:
             reason += "; all smaller ones are shown to be lower"
-        at_end = best == curve[-1][0] or (value == curve[0][0] and value > 0)
-        return Recommendation(value=value, best=best, reason=reason, at_end=at_end)
+        ends = [value] if value == curve[0][0] and value > 0 else []
+        ends += [best] if best == curve[-1][0] else []
+        return Recommendation(value=value, best=best, reason=reason, ends=tuple(ends))
 
     def to_text(self) -> str:
         """For a terminal, in percent: one line per row with its average and its difference to the baseline."""

@@ -111,9 +111,11 @@ def _change_cell(found: Difference | None) -> Cell:
 
 
 def _advice(arm: str, found: Recommendation) -> str:
-    warning = "⚠ This is an end of the range that was tried: beyond it, a value may do better, or as well. Try more."
     text = page.note(f"{arm}: {found.value:g}", "lead") + page.note(f"{found.reason}.", "sentence")
-    return f"<article>{text}{page.note(warning, 'warning') if found.at_end else ''}</article>"
+    for end in found.ends:
+        warning = f"⚠ {end:g} lies at an end of the range: beyond it, a value may do better, or as well. Try more."
+        text += page.note(warning, "warning")
+    return f"<article>{text}</article>"
 
 
 def _all_rows(folder: Path, comparison: Comparison, questions: Mapping[str, str]) -> str:
