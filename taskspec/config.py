@@ -159,7 +159,8 @@ class Specialization(Section):
     conflict: Literal["keep", "drop"] = "keep"
     """`drop` leaves out of an element's update the tasks that pull against the one with the largest weight."""
     permute: bool = False
-    """A control: weights are shuffled over the elements of each tensor, in one order for the whole run."""
+    """A control: weights are shuffled over the elements of each tensor, or its rows if these share their sensitivity,
+    in one order for the whole run."""
     cgd_step: float = Field(0.05, gt=0)
     """Step size of `cgd`'s task weights."""
     compat: Literal["none", "reference"] = "none"

@@ -210,11 +210,22 @@ def test_medians_are_grouped_by_tensor_and_by_kind():
 
 def test_a_permutation_stays_inside_its_tensor():
     pieces = [Piece("a", (50,), 0), Piece("b", (5, 10), 50)]
-    order = piecewise_permutation(pieces, seed=3)
+    order = piecewise_permutation(pieces, "element", seed=3)
     assert sorted(order[:50].tolist()) == list(range(50))
     assert sorted(order[50:].tolist()) == list(range(50, 100))
     assert order.tolist() != list(range(100))
-    assert torch.equal(order, piecewise_permutation(pieces, seed=3))
+    assert torch.equal(order, piecewise_permutation(pieces, "element", seed=3))
+
+
+def test_a_permutation_of_rows_keeps_each_row_together():
+    pieces = [Piece("a", (50,), 0), Piece("b", (8, 2, 5), 50)]
+    order = piecewise_permutation(pieces, "row", seed=3)
+    assert sorted(order[:50].tolist()) == list(range(50))
+    rows = order[50:].view(8, 10)
+    first = rows[:, 0]
+    assert torch.equal(rows, first[:, None] + torch.arange(10))
+    assert sorted(first.tolist()) == list(range(50, 130, 10))
+    assert first.tolist() != sorted(first.tolist())
 
 
 @settings(max_examples=30)

@@ -164,7 +164,9 @@ class Taco:
         self.config = config
         self.pieces = pieces
         self.groups = median_groups(pieces, config.median)
-        self.order_P = piecewise_permutation(pieces, seed).to(theta_P.device) if config.permute else None
+        self.order_P = None
+        if config.permute:
+            self.order_P = piecewise_permutation(pieces, config.granularity, seed).to(theta_P.device)
         self.warmup_steps = max(round(config.warmup * steps), config.min_warmup_steps)
         self.average_TP = theta_P.new_zeros(tasks, len(theta_P))
         self.updates_T = torch.zeros(tasks, dtype=torch.int64)
@@ -244,13 +246,15 @@ def median_groups(pieces: Sequence[Piece], over: str) -> list[list[slice]]:
     return list(groups.values())
 
 
-def piecewise_permutation(pieces: Sequence[Piece], seed: int) -> Tensor:
-    """(P,) element numbers, shuffled inside each piece."""
+def piecewise_permutation(pieces: Sequence[Piece], granularity: str, seed: int) -> Tensor:
+    """(P,) element numbers, shuffled inside each piece; with `row`, the rows of a matrix move as wholes."""
     generator = torch.Generator().manual_seed(seed)
     orders = []
     for piece in pieces:
-        count = piece.elements.stop - piece.start
-        orders.append(piece.start + torch.randperm(count, generator=generator))
+        element_P = torch.arange(piece.start, piece.elements.stop)
+        width = len(element_P) // piece.shape[0] if granularity == "row" and len(piece.shape) > 1 else 1
+        unit_UW = element_P.view(-1, width)
+        orders.append(unit_UW[torch.randperm(len(unit_UW), generator=generator)].flatten())
     return torch.cat(orders)
 
 
