@@ -150,8 +150,9 @@ class Specialization(Section):
     the optimizer's own steps. `gradient`: |g|, whatever the element's size."""
     average: Literal["absolute", "signed"] = "absolute"
     """`signed` averages θ·g over time before the absolute value, so that batch noise averages away."""
-    median: Literal["global", "tensor", "kind"] = "global"
-    """Over what a task's sensitivities have median 1: all elements, each tensor, or each kind of parameter."""
+    median: Literal["global", "tensor", "kind", "shared"] = "global"
+    """Over what a task's sensitivities have median 1: all elements, each tensor, or each kind of parameter. `shared`:
+    all elements, once those of `granularity` share theirs; with `signed` averages this is |Σ θ·g| of a row."""
     compress: Literal["none", "log1p", "cap"] = "none"
     """What softmax sees of normalized sensitivities ŝ: ŝ, log(1 + ŝ), or ŝ but at most 10."""
     granularity: Literal["element", "row", "tensor"] = "element"

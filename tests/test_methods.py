@@ -148,6 +148,8 @@ def test_state_of_other_tasks_is_refused_and_own_state_resumes():
         {"compress": "log1p"},
         {"compress": "cap"},
         {"granularity": "row"},
+        {"granularity": "row", "median": "shared"},
+        {"granularity": "row", "median": "shared", "average": "signed"},
         {"granularity": "tensor"},
         {"conflict": "drop"},
         {"permute": True},
@@ -206,6 +208,19 @@ def test_medians_are_grouped_by_tensor_and_by_kind():
     assert median_groups(pieces, "global") == [[slice(0, 4), slice(4, 6), slice(6, 9)]]
     assert median_groups(pieces, "tensor") == [[slice(0, 4)], [slice(4, 6)], [slice(6, 9)]]
     assert median_groups(pieces, "kind") == [[slice(0, 4)], [slice(4, 6), slice(6, 9)]]
+
+
+def test_a_median_over_shared_sensitivities_is_the_middle_row_s():
+    # |θ·g| of the only task's rows: 1 and 3, 2 and 2, 0 and 9; means 2, 2, 4.5
+    pieces = [Piece("encoder.weight", (3, 2), 0)]
+    theta, grads = torch.ones(6), torch.tensor([[1.0, -3.0, 2.0, 2.0, 0.0, 9.0]])
+    options = {"decay": 0.0, "granularity": "row", "median": "shared", **NO_WARMUP}
+    shared = Taco(Specialization(**options), 1, theta, pieces, 1, seed=0)
+    updated(shared, theta, grads)
+    assert shared.average_TP.tolist() == [[1, 1, 1, 1, 2.25, 2.25]]
+    signed = Taco(Specialization(average="signed", **options), 1, theta, pieces, 1, seed=0)
+    updated(signed, theta, grads)  # sums −2, 4 and 9
+    assert signed.average_TP.tolist() == [[-0.5, -0.5, 1, 1, 2.25, 2.25]]
 
 
 def test_a_permutation_stays_inside_its_tensor():

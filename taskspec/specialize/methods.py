@@ -184,6 +184,9 @@ class Taco:
 
     def _weights(self, step: TaskGradients) -> Tensor:
         current_TP = self._measure(step)
+        share_first = self.config.median == "shared"
+        if share_first:
+            s.share_sensitivity(current_TP, self.pieces, self.config.granularity)
         found_T = s.normalize_groups(current_TP, self.groups)
         s.accumulate(self.average_TP, current_TP, self.config.decay)
         self.updates_T += found_T.cpu()
@@ -191,7 +194,8 @@ class Taco:
         average_TP = torch.mul(self.average_TP, correction_T[:, None], out=current_TP)
         if self.config.average == "signed":
             s.normalize_groups(average_TP.abs_(), self.groups)
-        s.share_sensitivity(average_TP, self.pieces, self.config.granularity)
+        if not share_first:
+            s.share_sensitivity(average_TP, self.pieces, self.config.granularity)
         s.compress(average_TP, self.config.compress)
         strength = s.scheduled_strength(self.config.strength, int(self.steps_done), self.warmup_steps)
         weight_TP = s.task_weights(average_TP, strength)
@@ -241,7 +245,7 @@ def median_groups(pieces: Sequence[Piece], over: str) -> list[list[slice]]:
     """The elements that a median is taken over together: `global`, each `tensor`, or each `kind` of parameter."""
     groups: dict[str, list[slice]] = {}
     for piece in pieces:
-        name = {"global": "", "tensor": piece.name, "kind": kind_of(piece.name)}[over]
+        name = {"global": "", "shared": "", "tensor": piece.name, "kind": kind_of(piece.name)}[over]
         groups.setdefault(name, []).append(piece.elements)
     return list(groups.values())
 
