@@ -134,38 +134,19 @@ class Specialization(Section):
     """How task gradients become one update."""
 
     method: Literal["mean", "taco", "single", "pcgrad", "cgd"] = "taco"
-    """`mean`: plain multitask. `taco`: weights per element. `single`: exactly one task. `pcgrad`: task gradients
+    """`mean`: plain multitask. `taco`: weights per row. `single`: exactly one task. `pcgrad`: task gradients
     projected off each other. `cgd`: one weight per task."""
-    strength: float = Field(0.5, ge=0)
-    """1/τ. 0 is plain multitask training; larger specializes more. The paper: 0.5."""
+    strength: float = Field(1.0, ge=0)
+    """1/τ. 0 is plain multitask training; larger specializes more."""
     decay: float = Field(0.0, ge=0, lt=1)
-    """β of the moving average of sensitivities. 0, this step's alone, beats plain multitask training on the generated
-    world, where an average over the whole run is not shown to (benchmarks/README.md). The paper's code: 0.999."""
+    """β of the moving average of sensitivities; 0 takes this step's alone. The paper's code has 0.999, which was not
+    shown to help (benchmarks/README.md)."""
     warmup: float = Field(0.1, ge=0, le=1)
     """Share of the steps with equal weights; then strength grows from 0 over as many steps again."""
     min_warmup_steps: int = Field(100, ge=0)
     """Warm-up lasts at least this many steps."""
-    measure: Literal["loss", "adam", "gradient"] = "loss"
-    """What an element's sensitivity is. `loss`: |θ·g|, the change of the loss if it were zeroed. `adam`: |θ·g/√v|, in
-    the optimizer's own steps. `gradient`: |g|, whatever the element's size."""
-    average: Literal["absolute", "signed"] = "absolute"
-    """`signed` averages θ·g over time before the absolute value, so that batch noise averages away."""
-    median: Literal["global", "tensor", "kind", "shared"] = "global"
-    """Over what a task's sensitivities have median 1: all elements, each tensor, or each kind of parameter. `shared`:
-    all elements, once those of `granularity` share theirs; with `signed` averages this is |Σ θ·g| of a row."""
-    compress: Literal["none", "log1p", "cap"] = "none"
-    """What softmax sees of normalized sensitivities ŝ: ŝ, log(1 + ŝ), or ŝ but at most 10."""
-    granularity: Literal["element", "row", "tensor"] = "element"
-    """Elements that share their sensitivity, by its mean: none, those of a matrix row, or those of a tensor."""
-    conflict: Literal["keep", "drop"] = "keep"
-    """`drop` leaves out of an element's update the tasks that pull against the one with the largest weight."""
-    permute: bool = False
-    """A control: weights are shuffled over the elements of each tensor, or its rows if these share their sensitivity,
-    in one order for the whole run."""
     cgd_step: float = Field(0.05, gt=0)
     """Step size of `cgd`'s task weights."""
-    compat: Literal["none", "reference"] = "none"
-    """`reference` reproduces the published code's arithmetic, its shrinking update included."""
 
 
 class Train(Section):

@@ -61,7 +61,7 @@ def test_held_out_tasks_are_not_trained(config, tmp_path):
 
 def test_the_presets_expand_for_the_quickstart(config):
     rows = [candidate.row for candidate in expand(read_arms("strength"), config)]
-    assert rows[:3] == ["bm25", "mean", "taco strength=0.1"]
+    assert rows[:3] == ["bm25", "mean", "taco strength=0.25"]
 
 
 @pytest.mark.parametrize(

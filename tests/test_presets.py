@@ -73,6 +73,5 @@ def test_kilt_has_the_published_encoder_and_training(kilt: Config) -> None:
     assert kilt.contrastive.negatives == 2
     assert kilt.contrastive.temperature == 1
     assert kilt.mixing.temperature == 4
-    assert (kilt.specialization.strength, kilt.specialization.decay) == (0.5, 0.999)
     assert kilt.train.learning_rate == 1e-5
     assert (kilt.train.lr_warmup, kilt.train.clip_norm) == (0.1, 1.0)

@@ -71,7 +71,12 @@ def test_median_is_taken_over_elements_above_zero():
     rows = torch.tensor([[0.0, 0.0, 0.0, 1.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
     assert s.positive_medians(rows).tolist() == [1.0, 0.0]
     assert s.normalize(rows.clone(), s.positive_medians(rows)).tolist() == [[0, 0, 0, 1, 3], [0] * 5]
-    assert s.reference_medians(rows).tolist() == pytest.approx([1e-12, 1e-12])
+
+
+def test_the_elements_of_a_row_share_their_mean_and_those_of_a_vector_stand_alone():
+    pieces = [Piece("matrix", (2, 2), 0), Piece("vector", (2,), 4), Piece("cube", (1, 2, 2), 6)]
+    values = torch.tensor([[1.0, 3.0, 5.0, 7.0, 2.0, 4.0, 0.0, 0.0, 4.0, 4.0]])
+    assert s.share_rows(values, pieces).tolist() == [[2, 2, 6, 6, 2, 4, 2, 2, 2, 2]]
 
 
 @given(st.floats(0.0, 0.9999), st.integers(1, 50))
@@ -107,44 +112,3 @@ def test_description_of_one_owner_and_of_equal_shares():
     assert said.entropy == pytest.approx((one + 1) / 2, rel=1e-5)
     alone = s.describe(torch.ones(1, 2), torch.ones(2), torch.tensor([True, True]))
     assert (alone.entropy, alone.saturation) == (1.0, 0.0)
-
-
-@given(shapes)
-def test_groups_are_normalized_apart_and_signs_stay(shape):
-    _, grads = random(*shape)
-    cut = grads.shape[1] // 2
-    groups = [[slice(0, cut)], [slice(cut, grads.shape[1])]]
-    result = grads.clone()
-    found = s.normalize_groups(result, groups)
-    assert torch.equal(found, (grads != 0).any(1))
-    assert torch.equal(result.sign(), grads.sign())
-    for (group,) in groups:
-        medians = s.positive_medians(result[:, group].abs())
-        assert all(median == pytest.approx(1) or not grads[t, group].any() for t, median in enumerate(medians.tolist()))
-
-
-def test_elements_of_one_group_in_several_pieces_share_a_median():
-    rows = torch.tensor([[1.0, 100.0, 2.0, 100.0, 3.0]])
-    s.normalize_groups(rows, [[slice(0, 1), slice(2, 3), slice(4, 5)], [slice(1, 2), slice(3, 4)]])
-    assert rows.tolist() == [[0.5, 1.0, 1.0, 1.0, 1.5]]
-
-
-def test_compression_keeps_the_order_and_bends_the_tail():
-    values = torch.tensor([[0.0, 1.0, 9.0, 5000.0]])
-    assert s.compress(values.clone(), "none").tolist() == values.tolist()
-    assert s.compress(values.clone(), "cap").tolist() == [[0.0, 1.0, 9.0, 10.0]]
-    assert s.compress(values.clone(), "log1p").tolist() == pytest.approx(np.log([[1, 2, 10, 5001]]))
-
-
-def test_rows_and_tensors_share_their_mean_sensitivity():
-    pieces = [Piece("matrix", (2, 2), 0), Piece("vector", (2,), 4)]
-    values = torch.tensor([[1.0, 3.0, 5.0, 7.0, 2.0, 4.0]])
-    assert s.share_sensitivity(values.clone(), pieces, "element").tolist() == values.tolist()
-    assert s.share_sensitivity(values.clone(), pieces, "row").tolist() == [[2, 2, 6, 6, 2, 4]]
-    assert s.share_sensitivity(values.clone(), pieces, "tensor").tolist() == [[4, 4, 4, 4, 3, 3]]
-
-
-def test_tasks_that_pull_against_the_owner_are_dropped():
-    weights = torch.tensor([[2.0, 0.5, 1.0], [0.5, 2.0, 1.5], [0.5, 0.5, 0.5]])
-    grads = torch.tensor([[1.0, 1.0, 0.0], [-1.0, 3.0, 2.0], [1.0, 0.0, -1.0]])
-    assert s.drop_opposed(weights, grads).tolist() == [[2.0, 0.5, 1.0], [0.0, 2.0, 1.5], [0.5, 0.5, 0.0]]

@@ -16,7 +16,6 @@ from torch import Tensor
 from taskspec.config import Specialization
 from taskspec.errors import TrainingError
 from taskspec.specialize import sensitivity as s
-from taskspec.specialize.analysis import kind_of
 from taskspec.specialize.gradients import Piece
 from taskspec.specialize.sensitivity import Specialized
 
@@ -30,9 +29,6 @@ class TaskGradients:
     """Each task's gradient over all workers."""
     loss_T: Tensor
     """Nats, over each task's whole batch."""
-    second_moment_P: Tensor | None
-    """The optimizer's estimate of the squared update, bias-corrected; None before its first step, and where
-    `specialization.measure` does not ask for it."""
 
 
 @dataclass(frozen=True)
@@ -150,76 +146,38 @@ class CGD:
 
 
 class Taco:
-    """Weights per element by running sensitivity. Source: arXiv 2307.00342, section 3, as corrected in sensitivity.py.
+    """Weights per row by sensitivity. Source: arXiv 2307.00342, section 3; where this departs, sensitivity.py says so.
 
     Holds T·P floats of running averages.
     """
 
     def __init__(
-        self, config: Specialization, tasks: int, theta_P: Tensor, pieces: Sequence[Piece], steps: int, seed: int
+        self, config: Specialization, tasks: int, theta_P: Tensor, pieces: Sequence[Piece], steps: int
     ) -> None:
-        """Args: theta_P: gives number, type and device of the averages. steps: of the whole run, for the warm-up.
-        seed: of the order that `permute` shuffles by.
-        """
+        """Args: theta_P: gives number, type and device of the averages. steps: of the whole run, for the warm-up."""
         self.config = config
         self.pieces = pieces
-        self.groups = median_groups(pieces, config.median)
-        self.order_P = None
-        if config.permute:
-            self.order_P = piecewise_permutation(pieces, config.granularity, seed).to(theta_P.device)
         self.warmup_steps = max(round(config.warmup * steps), config.min_warmup_steps)
         self.average_TP = theta_P.new_zeros(tasks, len(theta_P))
         self.updates_T = torch.zeros(tasks, dtype=torch.int64)
         self.steps_done = torch.zeros((), dtype=torch.int64)
 
     def update(self, step: TaskGradients, *, describe: bool) -> Update:
-        if self.config.compat == "reference":
-            weight_TP, update_P = self._reference(step)
-        else:
-            weight_TP = self._weights(step)
-            update_P = s.combine(weight_TP, step.grad_TP)
+        weight_TP = self._weights(step)
+        update_P = s.combine(weight_TP, step.grad_TP)
         self.steps_done += 1
         specialized = s.describe(weight_TP, update_P, step.grad_TP.ne(0).any(0)) if describe else None
         return Update(update_P, specialized)
 
     def _weights(self, step: TaskGradients) -> Tensor:
-        current_TP = self._measure(step)
-        share_first = self.config.median == "shared"
-        if share_first:
-            s.share_sensitivity(current_TP, self.pieces, self.config.granularity)
-        found_T = s.normalize_groups(current_TP, self.groups)
-        s.accumulate(self.average_TP, current_TP, self.config.decay)
-        self.updates_T += found_T.cpu()
+        current_TP = s.share_rows(s.sensitivity(step.theta_P, step.grad_TP), self.pieces)
+        median_T = s.positive_medians(current_TP)
+        s.accumulate(self.average_TP, s.normalize(current_TP, median_T), self.config.decay)
+        self.updates_T += (median_T > 0).cpu()
         correction_T = s.bias_correction(self.updates_T, self.config.decay).to(step.theta_P)
         average_TP = torch.mul(self.average_TP, correction_T[:, None], out=current_TP)
-        if self.config.average == "signed":
-            s.normalize_groups(average_TP.abs_(), self.groups)
-        if not share_first:
-            s.share_sensitivity(average_TP, self.pieces, self.config.granularity)
-        s.compress(average_TP, self.config.compress)
         strength = s.scheduled_strength(self.config.strength, int(self.steps_done), self.warmup_steps)
-        weight_TP = s.task_weights(average_TP, strength)
-        if self.order_P is not None:
-            weight_TP = weight_TP[:, self.order_P]
-        if self.config.conflict == "drop" and strength:
-            s.drop_opposed(weight_TP, step.grad_TP)
-        return weight_TP
-
-    def _measure(self, step: TaskGradients) -> Tensor:
-        signed_TP = step.grad_TP.clone() if self.config.measure == "gradient" else step.theta_P * step.grad_TP
-        if self.config.measure == "adam" and step.second_moment_P is not None:
-            signed_TP.div_(step.second_moment_P.sqrt().add_(1e-8))
-        return signed_TP.abs_() if self.config.average == "absolute" else signed_TP
-
-    def _reference(self, step: TaskGradients) -> tuple[Tensor, Tensor]:
-        """The published arithmetic: after warm-up the update is Σ w_t g_t / T, T times smaller than before."""
-        tasks = len(step.grad_TP)
-        current_TP = s.sensitivity(step.theta_P, step.grad_TP)
-        s.accumulate(self.average_TP, s.normalize(current_TP, s.reference_medians(current_TP)), self.config.decay)
-        if int(self.steps_done) < self.warmup_steps:
-            return torch.ones_like(step.grad_TP), s.mean_gradient(step.grad_TP)
-        weight_TP = s.task_weights(self.average_TP, self.config.strength)
-        return weight_TP, s.combine(weight_TP, step.grad_TP).div_(tasks)
+        return s.task_weights(average_TP, strength)
 
     def state(self) -> dict[str, Tensor]:
         return {"average_TP": self.average_TP, "updates_T": self.updates_T, "steps_done": self.steps_done}
@@ -241,33 +199,12 @@ def _copy_state(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Non
         tensor.copy_(found)
 
 
-def median_groups(pieces: Sequence[Piece], over: str) -> list[list[slice]]:
-    """The elements that a median is taken over together: `global`, each `tensor`, or each `kind` of parameter."""
-    groups: dict[str, list[slice]] = {}
-    for piece in pieces:
-        name = {"global": "", "shared": "", "tensor": piece.name, "kind": kind_of(piece.name)}[over]
-        groups.setdefault(name, []).append(piece.elements)
-    return list(groups.values())
-
-
-def piecewise_permutation(pieces: Sequence[Piece], granularity: str, seed: int) -> Tensor:
-    """(P,) element numbers, shuffled inside each piece; with `row`, the rows of a matrix move as wholes."""
-    generator = torch.Generator().manual_seed(seed)
-    orders = []
-    for piece in pieces:
-        element_P = torch.arange(piece.start, piece.elements.stop)
-        width = len(element_P) // piece.shape[0] if granularity == "row" and len(piece.shape) > 1 else 1
-        unit_UW = element_P.view(-1, width)
-        orders.append(unit_UW[torch.randperm(len(unit_UW), generator=generator)].flatten())
-    return torch.cat(orders)
-
-
 def make_method(
     config: Specialization, tasks: int, theta_P: Tensor, pieces: Sequence[Piece], *, steps: int, seed: int
 ) -> Method:
     """The method of a configuration for those parameters."""
     if config.method == "taco":
-        return Taco(config, tasks, theta_P, pieces, steps, seed)
+        return Taco(config, tasks, theta_P, pieces, steps)
     if config.method == "pcgrad":
         return PCGrad(seed)
     if config.method == "cgd":

@@ -1,9 +1,8 @@
-"""How much each task needs each element, and the update that follows.
+"""How much each task needs each row of the parameters, and the update that follows.
 
-Path: gradients → [here] → step.  T tasks, P elements, any slice of them: medians come in as an argument, no process
-group here. Memory: T·P floats; 8 tasks of T5-base (223 M) in fp32 are 7.1 GB per worker.
-Source of the method: arXiv 2307.00342, section 3. Where this departs from the published code, the function says so;
-the `reference_*` functions reproduce that code.
+Path: gradients → [here] → step.  T tasks, P elements; no process group here. Memory: T·P floats; 8 tasks of T5-base
+(223 M) in fp32 are 7.1 GB per worker.
+Source of the method: arXiv 2307.00342, section 3. Where this departs from the published code, the function says so.
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ from torch import Tensor
 
 from taskspec.specialize.gradients import Piece
 
-CAP = 10.0
-"""Where `compress` cuts normalized sensitivities: about their 99% quantile (13 was measured on MiniLM)."""
 SATURATED = 0.9
 """A weight above this counts as saturated: one task owns the element."""
 
@@ -35,6 +32,19 @@ def sensitivity(param_P: Tensor, grad_TP: Tensor) -> Tensor:
     return (param_P * grad_TP).abs_()
 
 
+def share_rows(sensitivity_TP: Tensor, pieces: Sequence[Piece]) -> Tensor:
+    """Gives all elements of a row their mean, in place.
+
+    A row is what has one first index: a token of an embedding, an output of a linear layer; each element of a vector
+    is one. The paper takes every element by itself, of which one step says little (benchmarks/README.md).
+    """
+    for piece in pieces:
+        if len(piece.shape) > 1:
+            part_TRC = sensitivity_TP[:, piece.elements].view(len(sensitivity_TP), piece.shape[0], -1)
+            part_TRC.copy_(part_TRC.mean(dim=2, keepdim=True).expand_as(part_TRC))
+    return sensitivity_TP
+
+
 def positive_medians(sensitivity_TP: Tensor) -> Tensor:
     """Median of each task over the elements with a sensitivity above 0; the lower one of an even number.
 
@@ -45,30 +55,10 @@ def positive_medians(sensitivity_TP: Tensor) -> Tensor:
     return torch.stack(medians)
 
 
-def reference_medians(sensitivity_TP: Tensor) -> Tensor:
-    """Median of each task over all elements, plus 1e-12, as the published code has it. Returns: (T,)."""
-    return sensitivity_TP.median(dim=1).values + 1e-12
-
-
 def normalize(sensitivity_TP: Tensor, median_T: Tensor) -> Tensor:
     """Sensitivities in units of their task's median, in place; a task with median 0 becomes 0."""
     divisor_T = median_T.masked_fill(median_T == 0, torch.inf)
     return sensitivity_TP.div_(divisor_T[:, None])
-
-
-def normalize_groups(sensitivity_TP: Tensor, groups: Sequence[Sequence[slice]]) -> Tensor:
-    """Brings each task's sensitivities, signed or not, into units of their median in each group of elements, in place.
-
-    Args: groups: disjoint, together all elements.    Returns: (T,) bool, which tasks are sensitive to anything.
-    """
-    found_T = torch.zeros(len(sensitivity_TP), dtype=torch.bool, device=sensitivity_TP.device)
-    for group in groups:
-        parts = [sensitivity_TP[:, elements] for elements in group]
-        median_T = positive_medians((parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).abs())
-        found_T |= median_T > 0
-        for part_TP in parts:
-            normalize(part_TP, median_T)
-    return found_T
 
 
 def accumulate(average_TP: Tensor, normalized_TP: Tensor, decay: float) -> Tensor:
@@ -83,33 +73,6 @@ def bias_correction(updates_T: Tensor, decay: float) -> Tensor:
     """
     filled_T = 1 - torch.pow(torch.tensor(decay, dtype=torch.float64), updates_T)
     return torch.where(updates_T > 0, 1 / filled_T, torch.ones_like(filled_T))
-
-
-def compress(sensitivity_TP: Tensor, how: str) -> Tensor:
-    """What softmax sees of the heavy tail of normalized sensitivities, in place: `none`, `log1p`, or `cap`."""
-    if how == "log1p":
-        return sensitivity_TP.log1p_()
-    return sensitivity_TP.clamp_max_(CAP) if how == "cap" else sensitivity_TP
-
-
-def share_sensitivity(sensitivity_TP: Tensor, pieces: Sequence[Piece], granularity: str) -> Tensor:
-    """Gives the elements of each row (of matrices; an element of a vector stays alone) or each tensor their mean,
-    in place."""
-    for piece in pieces if granularity != "element" else ():
-        part_TP = sensitivity_TP[:, piece.elements]
-        if granularity == "tensor":
-            part_TP.copy_(part_TP.mean(dim=1, keepdim=True).expand_as(part_TP))
-        elif len(piece.shape) > 1:
-            rows_TRC = part_TP.view(len(part_TP), piece.shape[0], -1)
-            rows_TRC.copy_(rows_TRC.mean(dim=2, keepdim=True).expand_as(rows_TRC))
-    return sensitivity_TP
-
-
-def drop_opposed(weight_TP: Tensor, grad_TP: Tensor) -> Tensor:
-    """Sets to 0, in place, the weights of tasks whose gradient has the other sign than that of the task with the
-    largest weight."""
-    owner_1P = weight_TP.max(dim=0, keepdim=True).indices
-    return weight_TP.masked_fill_(grad_TP * grad_TP.gather(0, owner_1P) < 0, 0.0)
 
 
 def task_weights(sensitivity_TP: Tensor, strength: float) -> Tensor:

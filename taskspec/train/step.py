@@ -86,7 +86,7 @@ class Trainer:
         ordered = [batches[task].to(self.device) for task in self.tasks]
         loss_T, accuracy_T = task_gradients(self.forward, self.flat, ordered, self.grad_TP, self.collectives)
         with torch.no_grad():
-            gradients = TaskGradients(self.flat.theta_P, self.grad_TP, loss_T, self._second_moment())
+            gradients = TaskGradients(self.flat.theta_P, self.grad_TP, loss_T)
             update = self.method.update(gradients, describe=describe)
             norm = float(update.grad_P.norm())
             if not norm < float("inf"):
@@ -124,15 +124,6 @@ class Trainer:
     def seed_dropout(self, step: int) -> None:
         words = canonical_sha256([self.config.seed, step, self.collectives.rank])
         torch.manual_seed(int(words[:15], 16))
-
-    def _second_moment(self) -> Tensor | None:
-        """Adam's v̂, (P,), for methods that ask for it."""
-        state = self.optimizer.state.get(self.parameter)
-        if not state or self.config.specialization.measure != "adam":
-            return None
-        beta = self.optimizer.param_groups[0]["betas"][1]
-        second_moment_P: Tensor = state["exp_avg_sq"] / (1 - beta ** float(state["step"]))
-        return second_moment_P
 
     def _refuse(self, step: int) -> None:
         bad = [task for task, grad_P in zip(self.tasks, self.grad_TP, strict=True) if not grad_P.isfinite().all()]
