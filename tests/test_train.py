@@ -12,7 +12,7 @@ from taskspec import store
 from taskspec.config import Config, with_values
 from taskspec.data.prepared import PreparedData
 from taskspec.errors import ArtifactError, ConfigError, DataError, TrainingError
-from taskspec.train.checkpoint import STATE_FILE, open_encoder, read_contract, read_run
+from taskspec.train.checkpoint import STATE_FILE, add_to_run, open_encoder, read_contract, read_run
 from taskspec.train.launch import needed_cpus, start_run
 from taskspec.train.step import learning_rate_factor
 from taskspec.train.worker import TrainJob, console_line, local_batches, make_plan, read_metrics, train_worker
@@ -91,6 +91,21 @@ def test_a_run_keeps_its_last_and_its_best_checkpoint_only(job):
     assert kept == {run.last, run.best}
     accuracy = store.read_manifest(run.best_uri, "checkpoint").facts["dev_accuracy"]
     assert run.best_accuracy == pytest.approx(sum(accuracy.values()) / len(accuracy))
+
+
+def test_without_dev_queries_the_newest_checkpoint_counts_and_with_them_the_first_of_the_best(tmp_path):
+    uri = str(tmp_path)
+    for accuracies, best in (
+        ((None, None, None), "step-2"),
+        ((None, 0.0, 0.0), "step-1"),
+        ((None, 0.25, 0.5), "step-2"),
+        ((None, 0.5, 0.25), "step-1"),
+    ):
+        run = None
+        for step, accuracy in enumerate(accuracies):
+            run = add_to_run(run, uri, f"step-{step}", accuracy, finished=step == 2)
+        assert run == read_run(uri)
+        assert (run.last, run.best) == ("step-2", best)
 
 
 def test_a_line_has_every_task_and_fits_a_terminal(job, config):

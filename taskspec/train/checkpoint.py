@@ -110,6 +110,10 @@ def _differences(a: Config, b: Config) -> list[str]:
     ]
 
 
+UNMEASURED = -1.0
+"""Below every accuracy."""
+
+
 @dataclass(frozen=True)
 class Run:
     """The state of a run folder, as `run.json` has it."""
@@ -118,8 +122,10 @@ class Run:
     last: str
     """Folder name of the newest checkpoint."""
     best: str
-    """Folder name of the one with the highest mean dev accuracy; the earliest of equals."""
+    """Folder name of the one with the highest mean dev accuracy, the earliest of equals; the newest where there are no
+    dev queries."""
     best_accuracy: float
+    """UNMEASURED for one without."""
     finished: bool
 
     @property
@@ -137,10 +143,13 @@ def read_run(uri: str) -> Run | None:
     return Run(uri=uri, **json.loads(store.read_bytes(name))) if store.exists(name) else None
 
 
-def add_to_run(run: Run | None, uri: str, folder: str, accuracy: float, *, finished: bool) -> Run:
-    """Names a newly published checkpoint in `run.json` and removes the one that is now neither last nor best."""
-    if run is None or accuracy > run.best_accuracy:
-        best, best_accuracy = folder, accuracy
+def add_to_run(run: Run | None, uri: str, folder: str, accuracy: float | None, *, finished: bool) -> Run:
+    """Names a newly published checkpoint in `run.json` and removes the one that is now neither last nor best.
+
+    Args: accuracy: mean dev accuracy; None where there are no dev queries, and of the untrained encoder.
+    """
+    if run is None or accuracy is None or accuracy > run.best_accuracy:
+        best, best_accuracy = folder, UNMEASURED if accuracy is None else accuracy
     else:
         best, best_accuracy = run.best, run.best_accuracy
     new = Run(uri, folder, best, best_accuracy, finished)

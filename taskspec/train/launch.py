@@ -71,7 +71,7 @@ def start_run(job: TrainJob) -> Run:
         inputs=inputs,
         dev_accuracy={},
     )
-    return add_to_run(None, job.run, folder, 0.0, finished=job.config.train.steps == 0)
+    return add_to_run(None, job.run, folder, None, finished=job.config.train.steps == 0)
 
 
 def _try_one_step(job: TrainJob, tokenizer: Any, step: int) -> None:

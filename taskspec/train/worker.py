@@ -147,7 +147,7 @@ def train_worker(
                     inputs=inputs,
                     dev_accuracy=accuracy,
                 )
-                mean = sum(accuracy.values()) / len(accuracy) if accuracy else 0.0
+                mean = sum(accuracy.values()) / len(accuracy) if accuracy else None
                 run = add_to_run(run, job.run, folder, mean, finished=last)
             barrier({"step": done, **accuracy})
 
