@@ -12,7 +12,7 @@ from taskspec import store
 from taskspec.config import Config, with_values
 from taskspec.data.prepared import PreparedData
 from taskspec.errors import ArtifactError, ConfigError, DataError, TrainingError
-from taskspec.train.checkpoint import STATE_FILE, add_to_run, open_encoder, read_contract, read_run
+from taskspec.train.checkpoint import STATE_FILE, UNMEASURED, add_to_run, open_encoder, read_contract, read_run
 from taskspec.train.launch import needed_cpus, start_run
 from taskspec.train.step import learning_rate_factor
 from taskspec.train.worker import TrainJob, console_line, local_batches, make_plan, read_metrics, train_worker
@@ -106,6 +106,15 @@ def test_without_dev_queries_the_newest_checkpoint_counts_and_with_them_the_firs
             run = add_to_run(run, uri, f"step-{step}", accuracy, finished=step == 2)
         assert run == read_run(uri)
         assert (run.last, run.best) == ("step-2", best)
+
+
+def test_a_run_without_dev_queries_ends_with_its_newest_checkpoint_as_the_best(job, monkeypatch):
+    splits = PreparedData.tasks
+    monkeypatch.setattr(PreparedData, "tasks", lambda self, split: () if split == "dev" else splits(self, split))
+    assert start_run(job).best_accuracy == UNMEASURED  # so that a trained one is better, whatever it reaches
+    train_worker(job)
+    run = read_run(job.run)
+    assert run.best == run.last == "step-00000008"
 
 
 def test_a_line_has_every_task_and_fits_a_terminal(job, config):

@@ -36,7 +36,8 @@ def share_rows(sensitivity_TP: Tensor, pieces: Sequence[Piece]) -> Tensor:
     """Gives all elements of a row their mean, in place.
 
     A row is what has one first index: a token of an embedding, an output of a linear layer; each element of a vector
-    is one. The paper takes every element by itself, of which one step says little (benchmarks/README.md).
+    is one. The paper takes every element by itself, which did worse (benchmarks/README.md).
+    Args: pieces: of the P elements.    Returns: (T, P), the same tensor.
     """
     for piece in pieces:
         if len(piece.shape) > 1:
