@@ -12,7 +12,7 @@ from taskspec.arms import Candidate
 from taskspec.config import Config, canonical_sha256
 from taskspec.evaluate.run import evaluate
 from taskspec.evaluate.trials import Cost, Trial
-from taskspec.train.checkpoint import open_encoder, training_identity
+from taskspec.train.checkpoint import encoder_id, open_encoder, training_identity
 
 if TYPE_CHECKING:
     from taskspec.data.prepared import PreparedData
@@ -31,8 +31,15 @@ def trial_key(candidate: Candidate, seed: int | None, inputs: Inputs) -> str:
     """
     plan = candidate.plan
     runs = {} if seed is None else {task: training_identity(one) for task, one in candidate.runs(seed).items()}
-    measured = [plan.lexical, plan.held_out, plan.analyze, candidate.config.evaluate.model_dump(mode="json")]
-    return canonical_sha256([runs, measured, inputs.ids()])[:16]
+    config = candidate.config
+    measured = [
+        plan.lexical,
+        plan.held_out,
+        plan.analyze,
+        config.index.precision,
+        config.evaluate.model_dump(mode="json"),
+    ]
+    return canonical_sha256([runs, measured, encoder_id(config), inputs.ids()])[:16]
 
 
 def measure(candidate: Candidate, seed: int | None, inputs: Inputs) -> Trial:

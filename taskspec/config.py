@@ -88,6 +88,10 @@ def _require_fields(key: str, template: str, *, required: set[str], allowed: set
         raise ValueError(f"{key} must contain exactly once {fields}{hint} but is {template!r}")
 
 
+Precision = Literal["fp32", "bf16"]
+"""Of a transformer's matrix products; weights, sums, losses and updates stay fp32 with either."""
+
+
 class Scratch(Section):
     """A T5 trained from nothing, with a SentencePiece tokenizer trained on the prepared passages."""
 
@@ -164,6 +168,8 @@ class Train(Section):
     """Ray Train processes; each gets its part of every task's queries."""
     threads: int | None = Field(None, ge=1)
     """Intra-op threads per worker; None is cores of the node / workers."""
+    precision: Precision = "fp32"
+    """bf16 takes about half the time where the processor multiplies it (AVX512-BF16, AMX, GPUs from Ampere on)."""
     gpu: bool = False
     """One GPU per worker and NCCL; otherwise CPU and gloo."""
     checkpoint_every: int = Field(100, ge=1)
@@ -191,6 +197,8 @@ class Index(Section):
     """Embedding processes."""
     batch_size: int = Field(256, ge=1)
     """Passages that an actor embeds per call; it sorts them by length into smaller batches."""
+    precision: Precision = "fp32"
+    """Of the passages' embedding, as `train.precision`."""
 
 
 class Evaluate(Section):

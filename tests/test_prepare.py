@@ -3,6 +3,7 @@
 import gzip
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -239,6 +240,18 @@ def test_preparing_twice_gives_the_same_artifact(make_config, tmp_path):
     config = make_config([query(number, [("10", 1)]) for number in range(50)] + [b"{"])
     assert prepared(config, tmp_path, "one").id == prepared(config, tmp_path, "two").id
     assert prepare_inputs(config) == PreparedData.open(str(tmp_path / "one")).artifact.manifest.inputs
+
+
+def test_the_same_files_in_another_folder_give_the_same_artifact(make_config, tmp_path):
+    here = make_config([query(1, [("10", 1)])])
+    (tmp_path / "moved").mkdir()
+    tree = here.model_dump(mode="json")
+    files = [tree["data"]["knowledge_source"], tree["tasks"][0]["train"]]
+    for names in files:
+        names[:] = [shutil.copy(name, tmp_path / "moved") for name in names]
+    there = parse_config(tree, "moved")
+    assert there != here
+    assert prepared(here, tmp_path, "one").id == prepared(there, tmp_path, "two").id
 
 
 def test_a_file_of_many_chunks_keeps_its_order_and_its_lines(make_config, tmp_path):

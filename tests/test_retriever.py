@@ -133,6 +133,7 @@ def index_facts(of: Contract) -> dict[str, object]:
         contract=of,
         fingerprint=of.fingerprint,
         prepared="0" * 64,
+        precision="fp32",
         factory="Flat",
         dimension=of.dimension,
         passages=5,

@@ -66,6 +66,7 @@ def publish_index(uri: str, contract: Contract, checkpoint: str) -> None:
             contract=contract,
             fingerprint=contract.fingerprint,
             prepared="",
+            precision="fp32",
             factory="Flat",
             dimension=contract.dimension,
             passages=len(TEXTS),

@@ -1,6 +1,7 @@
 """Training in one process: resuming, checkpoints, metrics, what is refused."""
 
 import itertools
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -12,7 +13,15 @@ from taskspec import store
 from taskspec.config import Config, with_values
 from taskspec.data.prepared import PreparedData
 from taskspec.errors import ArtifactError, ConfigError, DataError, TrainingError
-from taskspec.train.checkpoint import STATE_FILE, UNMEASURED, add_to_run, open_encoder, read_contract, read_run
+from taskspec.train.checkpoint import (
+    STATE_FILE,
+    UNMEASURED,
+    add_to_run,
+    encoder_id,
+    open_encoder,
+    read_contract,
+    read_run,
+)
 from taskspec.train.launch import needed_cpus, start_run
 from taskspec.train.step import learning_rate_factor
 from taskspec.train.worker import TrainJob, console_line, local_batches, make_plan, read_metrics, train_worker
@@ -173,6 +182,36 @@ def test_a_run_on_other_prepared_data_is_refused(job, tmp_path):
     store.write_bytes(manifest, store.read_bytes(manifest).replace(ours.encode(), b"0" * len(ours)))
     with pytest.raises(TrainingError, match="was trained on other prepared"):
         start_run(job)
+
+
+def test_a_run_is_found_again_from_an_encoder_that_was_moved_and_not_from_another(job, tmp_path):
+    start = start_run(job).last_uri
+    folders = [shutil.copytree(start, tmp_path / name) for name in ("here", "there", "other")]
+    with open(folders[2] / "config.json", "a") as file:
+        file.write(" ")
+    here, there, other = (
+        replace(job, run=str(tmp_path / "from"), config=with_values(job.config, {"model.source": str(folder)}))
+        for folder in folders
+    )
+    assert start_run(here) == start_run(there)
+    assert encoder_id(here.config) == encoder_id(there.config) != encoder_id(other.config)
+    with pytest.raises(TrainingError, match="was trained on other encoder"):
+        start_run(other)
+
+
+def test_bf16_trains_fp32_weights_to_nearly_the_same_losses(job):
+    losses = []
+    for precision in ("fp32", "bf16"):
+        config = with_values(job.config, {"train.precision": precision, "model.dropout": 0.0})
+        one = replace(job, run=f"{job.run}-{precision}", config=config)
+        start_run(one)
+        train_worker(one)
+        run = read_run(one.run)
+        assert run is not None
+        assert torch.bfloat16 not in {value.dtype for value in tensors(run.last_uri).values()}
+        losses.append([task["loss"] for line in read_metrics(run.uri) for task in line["tasks"].values()])
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
 def test_an_altered_checkpoint_is_refused_by_file(job):

@@ -76,9 +76,13 @@ class InputFiles:
         return list(dict.fromkeys((file.task, file.split) for file in self.task_files))
 
     def fingerprints(self) -> dict[str, str]:
-        """URI → fingerprint of its content."""
-        uris = [*self.knowledge_source, *(file.uri for file in self.task_files)]
-        return {uri: store.fingerprint(uri) for uri in dict.fromkeys(uris)}
+        """What each file is for → fingerprint of its content: the same files in another folder have the same."""
+        uris = {"knowledge_source": list(self.knowledge_source)}
+        for task, split in self.splits:
+            uris[f"{task}/{split}"] = [file.uri for file in self.task_files if (file.task, file.split) == (task, split)]
+        return {
+            f"{name}/{number}": store.fingerprint(uri) for name, some in uris.items() for number, uri in enumerate(some)
+        }
 
 
 _LINE = [("file", pa.int32()), ("line", pa.int64()), ("reason", pa.string()), ("record", pa.string())]

@@ -68,6 +68,7 @@ class PlannedShard:
         return {
             "fingerprint": source.contract.fingerprint,
             "prepared": source.prepared.id,
+            "precision": source.config.index.precision,
             "row_start": self.row_start,
             "rows": self.rows,
         }
@@ -138,6 +139,7 @@ def _standing_index(out: str, source: Source, plan: Sequence[PlannedShard]) -> I
         {
             "fingerprint": manifest.fingerprint,
             "prepared": manifest.prepared,
+            "precision": manifest.precision,
             "row_start": shard.row_start,
             "rows": shard.rows,
         }
@@ -192,7 +194,7 @@ def _embedded(source: Source, missing: Sequence[PlannedShard]) -> Iterator[np.nd
             EmbedPassages,
             batch_size=index.batch_size,
             compute=ray.data.ActorPoolStrategy(size=index.actors),
-            fn_constructor_args=(source.checkpoint.uri, threads),
+            fn_constructor_args=(source.checkpoint.uri, threads, index.precision),
         )
     )
     done, last_done, last_line = 0, 0, time.monotonic()
@@ -260,6 +262,7 @@ def _publish(out: str, source: Source, plan: Sequence[PlannedShard]) -> IndexMan
             contract=source.contract,
             fingerprint=source.contract.fingerprint,
             prepared=source.prepared.id,
+            precision=source.config.index.precision,
             factory="Flat",
             dimension=source.contract.dimension,
             passages=passages,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from taskspec.config import Precision
 from taskspec.train.checkpoint import open_encoder
 
 
@@ -20,10 +21,11 @@ class EmbedPassages:
         embed({"row": np.array([0]), "title": np.array(["Ceres"]), "text": np.array(["A dwarf planet …"])})
     """
 
-    def __init__(self, checkpoint: str, threads: int) -> None:
+    def __init__(self, checkpoint: str, threads: int, precision: Precision = "fp32") -> None:
         """Args: threads: of this process; all processes of a node together should not exceed its cores."""
         torch.set_num_threads(threads)
         self._encoder = open_encoder(checkpoint)
+        self._encoder.encoder.precision = precision
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Args: batch: columns row (N,) int64, title and text (N,) str. Returns: row, and embedding (N, D) float32."""

@@ -11,7 +11,7 @@ from typing import Literal, Self
 from pydantic import ValidationError
 
 from taskspec import store
-from taskspec.config import Section
+from taskspec.config import Precision, Section
 from taskspec.errors import ArtifactError
 from taskspec.model.contract import Contract
 
@@ -42,6 +42,8 @@ class IndexManifest(Section):
     """The contract's."""
     prepared: str
     """Id of the prepared data that the passages came from."""
+    precision: Precision
+    """Of the passages' embedding."""
     factory: Literal["Flat"]
     """FAISS's name of the shards' kind: Flat is exact."""
     dimension: int

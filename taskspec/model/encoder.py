@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from taskspec.config import Config, Model, Scratch, Task
+from taskspec.config import Config, Model, Precision, Scratch, Task
 from taskspec.errors import ConfigError
 from taskspec.model.contract import Contract, ContractTask
 from taskspec.model.prompts import TextTokenizer, Tokens
@@ -28,12 +28,16 @@ EMBED_TOKENS = 16_384
 
 
 class Encoder(nn.Module):
-    """A transformer and the rule by which its states become one embedding."""
+    """A transformer and the rule by which its states become one embedding.
+
+    `precision` is that of the transformer's matrix products; whoever runs the encoder sets it.
+    """
 
     def __init__(
         self, transformer: nn.Module, pooling: Literal["first", "mean"], similarity: Literal["dot", "cosine"]
     ) -> None:
         super().__init__()
+        self.precision: Precision = "fp32"
         self.transformer = transformer
         self.pooling = pooling
         self.similarity = similarity
@@ -49,12 +53,14 @@ class Encoder(nn.Module):
         mask_BL: Tensor,  # 1 for a token, 0 for padding
     ) -> Tensor:  # (B, D)
         config: Any = self.transformer.config
+        inputs = {"input_ids": ids_BL, "attention_mask": mask_BL}
         if config.model_type == "t5" and self.pooling == "first":
-            start = torch.full_like(ids_BL[:, :1], config.decoder_start_token_id)
-            states = self.transformer(input_ids=ids_BL, attention_mask=mask_BL, decoder_input_ids=start)
+            inputs["decoder_input_ids"] = torch.full_like(ids_BL[:, :1], config.decoder_start_token_id)
+        if self.precision == "bf16":
+            with torch.autocast(ids_BL.device.type, torch.bfloat16):
+                hidden_BLD: Tensor = self.transformer(**inputs).last_hidden_state.float()
         else:
-            states = self.transformer(input_ids=ids_BL, attention_mask=mask_BL)
-        hidden_BLD: Tensor = states.last_hidden_state
+            hidden_BLD = self.transformer(**inputs).last_hidden_state
         if self.pooling == "first":
             pooled_BD = hidden_BLD[:, 0]
         else:

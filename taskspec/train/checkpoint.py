@@ -9,16 +9,18 @@ A run folder holds `step-00000100/` checkpoints and `run.json`, which names the 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 from torch import Tensor
 
 from taskspec import store
-from taskspec.config import Config, parse_config
+from taskspec.config import Config, canonical_sha256, parse_config
 from taskspec.errors import TrainingError
 from taskspec.model.contract import Contract
 from taskspec.model.encoder import Encoder, TextEncoder, load_encoder, save_encoder
@@ -96,8 +98,21 @@ def training_identity(config: Config) -> dict[str, Any]:
     tree = config.model_dump(mode="json", include=set(_DECIDES_TRAINING))
     for task in tree["tasks"]:
         del task["train"], task["dev"]  # files reach training as prepared data, which has its own id
+    del tree["model"]["source"]  # as does the encoder: `encoder_id`
     tree["train"] = config.train.model_dump(mode="json", exclude=_MAY_CHANGE_IN_TRAIN)
     return tree
+
+
+def encoder_id(config: Config) -> str:
+    """What tells the encoder that training starts from: sha256 (hex) of a local folder's files, a hub id as it is, and
+    "" for one from scratch, which the configuration describes."""
+    source = config.model.source
+    return _folder_sha256(source) if source and Path(source).is_dir() else source or ""
+
+
+@functools.cache  # a sweep asks for each of its trials
+def _folder_sha256(folder: str) -> str:
+    return canonical_sha256({path.name: store.file_sha256(path) for path in Path(folder).iterdir() if path.is_file()})
 
 
 def _differences(a: Config, b: Config) -> list[str]:

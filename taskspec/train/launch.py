@@ -19,7 +19,7 @@ from taskspec.data.prepared import PreparedData
 from taskspec.data.stream import stream
 from taskspec.errors import DataError, TaskspecError, TrainingError
 from taskspec.model.encoder import build_encoder, load_encoder
-from taskspec.train.checkpoint import Run, add_to_run, open_training, publish_checkpoint, read_run
+from taskspec.train.checkpoint import Run, add_to_run, encoder_id, open_training, publish_checkpoint, read_run
 from taskspec.train.worker import TrainJob, console_line, make_maker, make_plan, read_metrics, train_worker
 
 TOKENIZER_TEXTS = 200_000
@@ -33,7 +33,7 @@ def start_run(job: TrainJob) -> Run:
     """
     prepared = PreparedData.open(job.prepared)
     plan = make_plan(job.config, prepared)
-    inputs = {"prepared": prepared.id}
+    inputs = {"prepared": prepared.id, "encoder": encoder_id(job.config)}
     if job.config.contrastive.negatives:
         if job.negatives is None:
             raise DataError(

@@ -58,6 +58,7 @@ class Trainer:
         self.config = config
         self.device = device
         self.collectives = Collectives()
+        encoder.precision = config.train.precision
         self.task_loss = TaskLoss(encoder.to(device), config.contrastive.temperature, self.collectives)
         self.flat = FlatParameters(self.task_loss)
         self.forward: TaskLoss | DistributedDataParallel = self.task_loss
