@@ -137,9 +137,10 @@ class Mixing(Section):
 class Specialization(Section):
     """How task gradients become one update."""
 
-    method: Literal["mean", "taco", "single", "pcgrad", "cgd"] = "taco"
+    method: Literal["mean", "taco", "single", "pcgrad", "cgd", "gradnorm"] = "taco"
     """`mean`: plain multitask. `taco`: weights per row. `single`: exactly one task. `pcgrad`: task gradients
-    projected off each other. `cgd`: one weight per task."""
+    projected off each other. `cgd`, `gradnorm`: one weight per task, by how tasks help each other or by how far each
+    has come."""
     strength: float = Field(1.0, ge=0)
     """1/τ. 0 is plain multitask training; larger specializes more."""
     decay: float = Field(0.0, ge=0, lt=1)
@@ -151,6 +152,10 @@ class Specialization(Section):
     """Warm-up lasts at least this many steps."""
     cgd_step: float = Field(0.05, gt=0)
     """Step size of `cgd`'s task weights."""
+    gradnorm_step: float = Field(0.025, gt=0)
+    """Step size of `gradnorm`'s task weights."""
+    gradnorm_restoring: float = Field(1.5, ge=0)
+    """`gradnorm`'s α: how strongly tasks that have learned less are favoured."""
 
 
 class Train(Section):
@@ -165,7 +170,20 @@ class Train(Section):
     """Share of the steps over which the learning rate grows linearly; it then falls linearly to 0."""
     clip_norm: float = Field(1.0, gt=0)
     workers: int = Field(1, ge=1)
-    """Ray Train processes; each gets its part of every task's queries."""
+    """Ray Train processes."""
+    distribution: Literal["replicated", "sharded", "task_parallel"] = "replicated"
+    """`replicated`: every worker has its part of every task's queries and does the whole update. `sharded`: the same
+    parts, and each worker updates its share of the parameters. `task_parallel`: every worker has whole tasks, and
+    updates its share."""
+    chunk_texts: int | None = Field(None, ge=1)
+    """Texts embedded at a time. Activations of earlier ones are not kept but made again, so memory does not grow with
+    queries per step, for one more forward pass. None embeds a task's queries, and its passages, at once."""
+    gradient_checkpointing: bool = False
+    """Keep activations between the transformer's layers only: less memory for one more forward pass."""
+    max_bad_steps: int = Field(10, ge=0)
+    """A step whose gradient is not finite is skipped by all workers; the run stops at one more than so many."""
+    compare_every: int = Field(100, ge=1)
+    """Steps between two comparisons of the workers' parameters, bit by bit."""
     threads: int | None = Field(None, ge=1)
     """Intra-op threads per worker; None is cores of the node / workers."""
     precision: Precision = "fp32"
@@ -268,6 +286,12 @@ class Config(Section):
         for name in self.train.tasks or ():
             if name not in names:
                 raise ValueError(f"train.tasks: unknown task {name!r}; known: {', '.join(names)}")
+        if self.train.distribution == "task_parallel" and len(self.trained_tasks) < self.train.workers:
+            raise ValueError(
+                f"train.distribution task_parallel gives each worker whole tasks, but there are "
+                f"{len(self.trained_tasks)} tasks for {self.train.workers} workers; take train.workers="
+                f"{len(self.trained_tasks)} at most, or sharded"
+            )
         if self.specialization.method == "single" and len(self.trained_tasks) != 1:
             raise ValueError(
                 f"specialization.method single trains exactly one task but train.tasks selects "

@@ -8,18 +8,10 @@ from hypothesis import strategies as st
 
 from taskspec.config import Specialization
 from taskspec.errors import TrainingError
+from taskspec.specialize.distribution import Share
 from taskspec.specialize.gradients import Piece
-from taskspec.specialize.methods import (
-    CGD,
-    Mean,
-    Method,
-    PCGrad,
-    Taco,
-    TaskGradients,
-    Update,
-    make_method,
-    projected_shares,
-)
+from taskspec.specialize.methods import CGD, GradNorm, Mean, Method, PCGrad, Taco, Update, make_method, projected_shares
+from taskspec.specialize.rows import Rows
 
 
 def random(tasks: int, elements: int, seed: int, dtype=torch.float32):
@@ -34,16 +26,31 @@ def pieces_of(elements: int, width: int = 1) -> list[Piece]:
     """A matrix of rows of that width, and a vector of what is left."""
     matrix = elements // width * width if width > 1 else 0
     pieces = [Piece("matrix", (matrix // width, width), 0)] if matrix else []
-    return [*pieces, Piece("vector", (elements - matrix,), matrix)]
+    return pieces + [Piece("vector", (elements - matrix,), matrix)] * (matrix < elements)
+
+
+def share_of(elements: int, width: int = 1) -> Share:
+    whole = slice(0, elements)
+    return Share(whole, Rows(pieces_of(elements, width), whole, torch.device("cpu")))
 
 
 def make_taco(config: Specialization, tasks: int, theta, *, steps: int, width: int = 1) -> Taco:
-    return Taco(config, tasks, theta, pieces_of(len(theta), width), steps)
+    return Taco(config, tasks, theta, share_of(len(theta), width), steps)
 
 
-def updated(method: Method, theta, grads, losses=None) -> Update:
-    losses = torch.ones(len(grads)) if losses is None else losses
-    return method.update(TaskGradients(theta, grads, losses), describe=True)
+def updated(method: Method, grads, losses=None) -> Update:
+    """One step that is taken, its update copied."""
+    if method.separate:
+        for task, grad in enumerate(grads):
+            method.add(task, grad.clone())
+    else:
+        total = grads[0].clone()
+        for grad in grads[1:]:
+            total += grad
+        method.add(0, total)
+    update = method.update(torch.ones(len(grads)) if losses is None else losses, describe=True)
+    method.accept()
+    return Update(update.grad_P.clone(), update.specialized)
 
 
 def transcribed(config: Specialization, theta, grads_per_step, width: int):
@@ -94,7 +101,7 @@ def test_steps_equal_a_float64_transcription(decay, tasks, elements, width, seed
     for grads in steps:
         grads[:, 0] = 1.0  # every task touches something
     taco = make_taco(config, tasks, theta, steps=8, width=width)
-    mine = [updated(taco, theta, grads).grad_P.numpy() for grads in steps]
+    mine = [updated(taco, grads).grad_P.numpy() for grads in steps]
     theirs = transcribed(config, theta.numpy(), [grads.numpy() for grads in steps], width)
     np.testing.assert_allclose(np.array(mine), np.array(theirs), rtol=1e-9, atol=1e-12)
 
@@ -102,10 +109,10 @@ def test_steps_equal_a_float64_transcription(decay, tasks, elements, width, seed
 def test_taco_at_strength_0_equals_mean_bitwise_over_many_updates():
     config = Specialization(strength=0.0, warmup=0.0, min_warmup_steps=0)
     theta, _ = random(1, 50, 0)
-    taco, mean = make_taco(config, 3, theta, steps=10), Mean()
+    taco, mean = make_taco(config, 3, theta, steps=10, width=4), Mean(3)
     for step in range(10):
         grads = random(3, 50, step)[1]
-        assert torch.equal(updated(taco, theta, grads).grad_P, updated(mean, theta, grads).grad_P)
+        assert torch.equal(updated(taco, grads).grad_P, updated(mean, grads).grad_P)
 
 
 def test_a_task_without_gradient_neither_counts_an_update_nor_spoils_the_others():
@@ -113,7 +120,7 @@ def test_a_task_without_gradient_neither_counts_an_update_nor_spoils_the_others(
     theta, grads = random(2, 20, 1)
     grads[1] = 0
     taco = make_taco(config, 2, theta, steps=1)
-    update = updated(taco, theta, grads)
+    update = updated(taco, grads)
     assert update.grad_P.isfinite().all()
     assert taco.updates_T.tolist() == [1, 0]
 
@@ -122,13 +129,13 @@ def test_state_of_other_tasks_is_refused_and_own_state_resumes():
     config = Specialization(decay=0.9, warmup=0.0, min_warmup_steps=0)
     theta, grads = random(2, 20, 1)
     first = make_taco(config, 2, theta, steps=5)
-    updated(first, theta, grads)
+    updated(first, grads)
     second = make_taco(config, 2, theta, steps=5)
     second.load({name: value.clone() for name, value in first.state().items()})
-    assert torch.equal(updated(first, theta, grads).grad_P, updated(second, theta, grads).grad_P)
-    with pytest.raises(TrainingError, match=r"average_TP is \(2, 20\), this run needs \(3, 20\)"):
+    assert torch.equal(updated(first, grads).grad_P, updated(second, grads).grad_P)
+    with pytest.raises(TrainingError, match=r"average_TR is \(2, 20\), this run needs \(3, 20\)"):
         make_taco(config, 3, theta, steps=5).load(first.state())
-    with pytest.raises(TrainingError, match=r"average_TP is none"):
+    with pytest.raises(TrainingError, match=r"average_TR is none"):
         make_taco(config, 2, theta, steps=5).load({})
 
 
@@ -149,47 +156,88 @@ def test_pcgrad_equals_torchjd_s_for_the_same_order(tasks, elements, seed):
 def test_pcgrad_of_two_opposed_tasks_by_hand():
     grads = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])
     # task 0 loses its component along (−1, 1): (1, 0) + (−1, 1)/2 = (1/2, 1/2); task 1 its along (1, 0): (0, 1)
-    update = updated(PCGrad(seed=0), torch.ones(2), grads)
+    update = updated(PCGrad(2, torch.ones(2), share_of(2), seed=0), grads)
     torch.testing.assert_close(update.grad_P, torch.tensor([0.25, 0.75]))
 
 
 def test_pcgrad_leaves_agreeing_tasks_alone():
     grads = torch.tensor([[1.0, 0.5], [0.5, 1.0]])
-    torch.testing.assert_close(updated(PCGrad(seed=0), torch.ones(2), grads).grad_P, grads.mean(0))
+    torch.testing.assert_close(updated(PCGrad(2, torch.ones(2), share_of(2), seed=0), grads).grad_P, grads.mean(0))
 
 
 def test_cgd_moves_weight_to_the_task_that_helps_the_others():
     grads = torch.tensor([[1.0, 0.0], [1.0, 0.2], [0.0, -1.0]])
-    cgd = CGD(tasks=3, step_size=0.5)
-    first = updated(cgd, torch.ones(2), grads, losses=torch.tensor([1.0, 1.0, 1.0]))
+    cgd = CGD(3, torch.ones(2), share_of(2), step_size=0.5)
+    first = updated(cgd, grads, losses=torch.tensor([1.0, 1.0, 1.0]))
     unit = (grads / grads.norm(dim=1, keepdim=True)).numpy().astype(np.float64)
     powers = np.exp(0.5 * (unit @ unit.T).sum(1)) / 3
     np.testing.assert_allclose(cgd.weight_T.numpy(), powers / powers.sum(), rtol=1e-6)
     torch.testing.assert_close(first.grad_P, cgd.weight_T.float() @ grads)
     assert cgd.weight_T[2] < 1 / 3 < cgd.weight_T[1]
     before = cgd.weight_T.clone()
-    updated(cgd, torch.ones(2), grads)
+    updated(cgd, grads)
     assert cgd.weight_T[2] < before[2]
 
 
 def test_cgd_weighs_a_pair_by_the_root_of_its_losses():
     grads = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # independent: only the tasks' own losses count
-    cgd = CGD(tasks=2, step_size=1.0)
-    updated(cgd, torch.ones(2), grads, losses=torch.tensor([4.0, 1.0]))
+    cgd = CGD(2, torch.ones(2), share_of(2), step_size=1.0)
+    updated(cgd, grads, losses=torch.tensor([4.0, 1.0]))
     powers = np.exp([4.0, 1.0])
     np.testing.assert_allclose(cgd.weight_T.numpy(), powers / powers.sum(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["pcgrad", "cgd"])
+@pytest.mark.parametrize("method", ["pcgrad", "cgd", "gradnorm"])
 def test_a_competitor_s_state_resumes(method):
     theta, grads = random(3, 20, 1)
 
     def make() -> Method:
-        return make_method(Specialization(method=method), 3, theta, pieces_of(20), steps=5, seed=0)
+        return make_method(Specialization(method=method), 3, theta, share_of(20), steps=5, seed=0)
 
     first, second = make(), make()
-    updated(first, theta, grads)
+    updated(first, grads)
     second.load({name: value.clone() for name, value in first.state().items()})
-    assert torch.equal(updated(first, theta, grads).grad_P, updated(second, theta, grads).grad_P)
+    assert torch.equal(updated(first, grads).grad_P, updated(second, grads).grad_P)
     with pytest.raises(TrainingError, match="is none"):
         make().load({})
+
+
+def test_gradnorm_draws_norms_together_by_hand():
+    """Equal losses want equal norms: with gradients of norms 3 and 1, weights move by 0.1 times 3/2 and 1/2."""
+    grads = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+    gradnorm = GradNorm(2, torch.ones(2), share_of(2), step_size=0.1, restoring=1.5)
+    first = updated(gradnorm, grads)
+    torch.testing.assert_close(first.grad_P, torch.tensor([1.5, 0.5]))
+    moved = np.array([1 - 0.15, 1 + 0.05])
+    np.testing.assert_allclose(gradnorm.weight_T.numpy(), 2 * moved / moved.sum(), rtol=1e-12)
+
+
+def test_gradnorm_favours_the_task_that_has_learned_less():
+    grads = torch.eye(2)
+    gradnorm = GradNorm(2, torch.ones(2), share_of(2), step_size=0.1, restoring=1.5)
+    updated(gradnorm, grads, losses=torch.tensor([4.0, 1.0]))
+    assert gradnorm.weight_T.tolist() == [1.0, 1.0]  # both at the start: nothing to favour, whatever the losses
+    updated(gradnorm, grads, losses=torch.tensor([1.0, 0.9]))
+    assert gradnorm.weight_T[1] > 1 > gradnorm.weight_T[0]
+
+
+@pytest.mark.parametrize("method", ["mean", "taco", "pcgrad", "cgd", "gradnorm"])
+def test_a_step_that_is_not_taken_leaves_no_trace(method):
+    theta, grads = random(3, 20, 1)
+    config = Specialization(method=method, decay=0.9, warmup=0.0, min_warmup_steps=0)
+
+    def make() -> Method:
+        return make_method(config, 3, theta, share_of(20, width=4), steps=5, seed=0)
+
+    clean, broken = make(), make()
+    for one in (clean, broken):
+        updated(one, grads)
+    bad = grads.clone()
+    bad[1, 3] = torch.nan
+    for task, grad in enumerate(bad if broken.separate else bad.sum(0, keepdim=True)):
+        broken.add(task, grad.clone())
+    assert not broken.update(torch.ones(3), describe=True).grad_P.isfinite().all()
+    again = random(3, 20, 2)[1]
+    assert torch.equal(updated(clean, again).grad_P, updated(broken, again).grad_P)
+    for name, value in clean.state().items():
+        assert torch.equal(value, broken.state()[name]), name

@@ -1,6 +1,7 @@
 """Training in one process: resuming, checkpoints, metrics, what is refused."""
 
 import itertools
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,11 +20,12 @@ from taskspec.train.checkpoint import (
     add_to_run,
     encoder_id,
     open_encoder,
+    open_training,
     read_contract,
     read_run,
 )
 from taskspec.train.launch import needed_cpus, start_run
-from taskspec.train.step import learning_rate_factor
+from taskspec.train.step import Trainer, learning_rate_factor
 from taskspec.train.worker import TrainJob, console_line, local_batches, make_plan, read_metrics, train_worker
 
 
@@ -253,8 +255,39 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_task(job):
             weight = batches["nq"].query_weight_B
             yield batches | {"nq": replace(batches["nq"], query_weight_B=weight * float("nan"))}
 
-    with pytest.raises(TrainingError, match="step 0: the gradient of nq is not finite"):
+    job = replace(job, config=with_values(job.config, {"train.max_bad_steps": 2}))
+    message = (
+        r"step 2: the gradient of task nq \(first in .*\) is not finite; 3 such steps are more than .* \(2\): lower"
+    )
+    with pytest.raises(TrainingError, match=message):
         train_worker(job, batches=spoiled)
+
+
+@pytest.mark.parametrize("bad", [3, 7])
+def test_a_step_that_is_skipped_is_told_and_counted_over_restarts(job, bad):
+    """Step 3 ends a line of the log, which then waits for the next step; step 7 is the last."""
+    start_run(job)
+
+    def spoiled(job, tokenizer, rank, workers, start):
+        for step, batches in enumerate(local_batches(job, tokenizer, rank, workers, start), start):
+            weight = batches["nq"].query_weight_B
+            spoil = float("nan") if step == bad else 1.0
+            yield batches | {"nq": replace(batches["nq"], query_weight_B=weight * spoil)}
+
+    train_worker(job, batches=spoiled)
+    lines = read_metrics(job.run)
+    assert [line["step"] for line in lines] == ([2, 5, 6, 8] if bad == 3 else [2, 4, 6, 8])
+    assert [reason for line in lines for reason in line["skipped"]] == [
+        f"step {bad}: the gradient of task nq (first in shared.weight) is not finite"
+    ]
+    assert lines[-1]["bad_steps"] == 1
+    assert all(math.isfinite(value) for line in lines for value in line.values() if isinstance(value, float))
+    assert sum(line["queries"] for line in lines) == 7 * sum(
+        make_plan(job.config, PreparedData.open(job.prepared)).batch.values()
+    )
+    trainer = Trainer(job.config, open_training(read_run(job.run).last_uri, job.config).encoder, torch.device("cpu"))
+    trainer.load(open_training(read_run(job.run).last_uri, job.config).tensors)
+    assert trainer.bad_steps == 1
 
 
 def test_learning_rate_rises_then_falls_to_zero():

@@ -1,4 +1,7 @@
-"""Several workers equal one: real processes, gloo, float64, no dropout."""
+"""Several workers do what one does: real processes, gloo, float64, no dropout unless a test is about it."""
+
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -6,22 +9,27 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from taskspec.config import Config, parse_config, with_values
-from taskspec.data.batches import BatchMaker, GivenNegatives
+from taskspec.data.batches import BatchMaker, GivenNegatives, StepBatches
 from taskspec.data.plan import Plan
 from taskspec.data.prepared import PreparedData
+from taskspec.errors import TrainingError
 from taskspec.model.encoder import build_encoder, text_tokenizer
 from taskspec.negatives.bm25 import mine_bm25
+from taskspec.specialize import gradients
+from taskspec.specialize.collectives import Collectives
 from taskspec.train.step import Trainer
+from taskspec.train.worker import task_owners
 
 STEPS = 3
 SIZES = {"nq": 5, "fever": 4, "hotpotqa": 3}
 """Queries per step: with two workers, 3 + 2, 2 + 2 and 2 + 1."""
+DISTRIBUTIONS = ("replicated", "sharded", "task_parallel")
 
 
-def configure(config: Config, method: str) -> Config:
+def configure(config: Config, method: str, **train: Any) -> Config:
     tree = config.model_dump(mode="json")
     tree["model"]["dropout"] = 0.0
-    tree["train"] |= {"tasks": list(SIZES), "steps": STEPS, "learning_rate": 1e-3}
+    tree["train"] |= {"tasks": list(SIZES), "steps": STEPS, "learning_rate": 1e-3, "compare_every": 1} | train
     tree["specialization"] |= {"method": method, "min_warmup_steps": 0, "warmup": 0.0, "strength": 1.0}
     return parse_config(tree, "test")
 
@@ -33,66 +41,116 @@ def negatives(tiny_prepared: PreparedData, tiny_config: Config, tmp_path_factory
     return uri
 
 
-def train(config: Config, prepared: PreparedData, negatives: str, rank: int, workers: int) -> dict[str, torch.Tensor]:
-    """Three steps in float64; everything that must not depend on the number of workers."""
-    texts = prepared.passages.take(range(100), ["text"])["text"]
-    encoder, tokenizer = build_encoder(config.model, texts, seed=0)
-    trainer = Trainer(config, encoder.double(), torch.device("cpu"))
-    plan = Plan(0, {task: len(prepared.queries(task, "train")) for task in SIZES}, SIZES)
-    maker = BatchMaker(
-        plan,
-        prepared,
-        text_tokenizer(config, tokenizer),
-        negatives=GivenNegatives(negatives, prepared, tuple(SIZES)),
-        negatives_per_query=2,
-        rank=rank,
-        workers=workers,
-    )
-    result = {}
-    for step in range(STEPS):
-        before = trainer.flat.theta_P.clone()
-        batches = maker.step(step)
-        if step == 0:
-            trainer.settle(batches)
-        said = trainer.step(step, batches, describe=True)
-        result |= {
-            f"loss {step}": said.loss_T,
-            f"accuracy {step}": said.accuracy_T,
-            f"gradient {step}": trainer.grad_TP.clone(),
-            f"update {step}": (trainer.flat.theta_P - before) / said.learning_rate,
-        }
-        result |= {f"{name} {step}": value.clone() for name, value in trainer.method.state().items()}
-    return result
+class Bench:
+    """A trainer with its batches, as one worker of the process group (or one alone) has them."""
+
+    def __init__(self, config: Config, prepared: PreparedData, negatives: str | None = None, seed: int = 0) -> None:
+        collectives = Collectives()
+        self.rank, self.workers = collectives.rank, collectives.workers
+        texts = prepared.passages.take(range(100), ["text"])["text"]
+        self.encoder, tokenizer = build_encoder(config.model, texts, seed=seed)
+        plan = Plan(0, {task: len(prepared.queries(task, "train")) for task in SIZES}, SIZES)
+        owners = task_owners(config, plan, self.workers)
+        if config.model.dropout == 0:
+            self.encoder.double()
+        self.trainer = Trainer(config, self.encoder, torch.device("cpu"), owners)
+        self.maker = BatchMaker(
+            plan,
+            prepared,
+            text_tokenizer(config, tokenizer),
+            negatives=GivenNegatives(negatives, prepared, tuple(SIZES)) if negatives else None,
+            negatives_per_query=2 if negatives else 0,
+            rank=0 if owners else self.rank,
+            workers=1 if owners else self.workers,
+            tasks=[task for task, owner in owners.items() if owner == self.rank] if owners else None,
+        )
+
+    @property
+    def theta_P(self) -> torch.Tensor:
+        return self.trainer.flat.theta_P[: self.trainer.flat.size]
+
+    def run(self, *steps: int) -> None:
+        self.trainer.settle(self.maker.step(steps[0]))
+        for step in steps:
+            self.trainer.step(step, self.maker.step(step))
+
+    def weights_and_state(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        weights = {name: value.clone() for name, value in self.encoder.state_dict().items()}
+        return weights, {name: value.clone() for name, value in self.trainer.state().items()}
 
 
-def run_worker(rank: int, workers: int, folder: str, config: Config, prepared: PreparedData, negatives: str) -> None:
+def joined(rank: int, workers: int, folder: str, function, *arguments) -> None:
+    """One of several processes: joins the group, saves what the function returns, leaves."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=workers)
-    torch.save(train(config, prepared, negatives, rank, workers), f"{folder}/{rank}.pt")
+    torch.save(function(*arguments), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    ("method", "workers", "pooling"),
-    [("mean", 2, "mean"), ("taco", 2, "mean"), ("mean", 4, "mean"), ("taco", 4, "mean"), ("taco", 2, "first")],
-)
-def test_workers_with_parts_of_a_batch_match_one(
-    method, workers, pooling, tiny_config, tiny_prepared, negatives, tmp_path
+def together(workers: int, folder, function, *arguments) -> list[Any]:
+    """What the function returns in each of so many workers."""
+    folder.mkdir(exist_ok=True)
+    mp.spawn(joined, (workers, str(folder), function, *arguments), nprocs=workers)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(workers)]
+
+
+def train(config: Config, prepared: PreparedData, negatives: str) -> dict[str, torch.Tensor]:
+    """Three steps; everything that must not depend on the number of workers."""
+    bench = Bench(config, prepared, negatives)
+    result = {}
+    for step in range(STEPS):
+        before = bench.theta_P.clone()
+        batches = bench.maker.step(step)
+        if step == 0:
+            bench.trainer.settle(batches)
+        said = bench.trainer.step(step, batches, describe=True)
+        assert said.skipped is None
+        assert said.specialized is not None
+        result |= {
+            f"loss {step}": said.loss_T,
+            f"accuracy {step}": said.accuracy_T,
+            f"norm {step}": torch.tensor([said.gradient_norm, said.gradient_ratio], dtype=torch.float64),
+            f"described {step}": torch.tensor([1 + value for value in vars(said.specialized).values()]),
+            f"update {step}": (bench.theta_P - before) / said.learning_rate,
+        }
+        result |= {f"{name} {step}": value.clone() for name, value in bench.trainer.state().items() if value.any()}
+    return result
+
+
+CASES = [
+    (method, distribution, workers, {})
+    for method in ("mean", "taco")
+    for distribution in DISTRIBUTIONS
+    for workers in (2, 3 if distribution == "task_parallel" else 4)
+]
+"""Method, distribution, workers, what else is set for the workers."""
+CASES += [("taco", "sharded", 2, {"model.pooling": "first"})]
+CASES += [("taco", name, 2, {"train.chunk_texts": 2}) for name in DISTRIBUTIONS]
+CASES += [("taco", "sharded", 2, {"train.gradient_checkpointing": True, "specialization.decay": 0.9})]
+CASES += [(method, "sharded", 2, {}) for method in ("pcgrad", "cgd", "gradnorm")]
+CASES += [("pcgrad", "replicated", 2, {}), ("gradnorm", "task_parallel", 2, {})]
+ROUNDING_ONLY = ("train.chunk_texts", "train.gradient_checkpointing")
+
+
+@pytest.mark.parametrize(("method", "distribution", "workers", "values"), CASES)
+def test_workers_together_do_what_one_does(
+    method, distribution, workers, values, tiny_config, tiny_prepared, negatives, tmp_path
 ):
-    config = with_values(configure(tiny_config, method), {"model.pooling": pooling})
-    alone = train(config, tiny_prepared, negatives, 0, 1)
-    mp.spawn(run_worker, (workers, str(tmp_path), config, tiny_prepared, negatives), nprocs=workers)
-    together = [torch.load(tmp_path / f"{rank}.pt") for rank in range(workers)]
+    plain = {key: value for key, value in values.items() if key not in ROUNDING_ONLY}
+    alone = train(with_values(configure(tiny_config, method), plain), tiny_prepared, negatives)
+    config = with_values(configure(tiny_config, method, distribution=distribution), values)
+    found = together(workers, tmp_path, train, config, tiny_prepared, negatives)
     for name, expected in alone.items():
-        for rank in range(1, workers):
-            assert torch.equal(together[rank][name], together[0][name]), f"{name}: workers drifted apart"
-        found = together[0][name]
+        for other in found[1:]:
+            assert torch.equal(other[name], found[0][name]), f"{name}: workers drifted apart"
+        mine = found[0][name]
         assert expected.abs().max() > 0, name
         if name.startswith("update "):
-            touched = alone[name.replace("update ", "gradient ")].abs().max(0).values > 1e-12
-            expected, found = expected[touched], found[touched]
+            # Adam makes a step of any gradient, rounding included: elements whose true gradient is 0 are left out.
+            touched = alone[name.replace("update ", "optimizer.exp_avg ")].abs() > 1e-12
+            expected, mine = expected[touched], mine[touched]
             assert expected.abs().max() > 0.1, "an Adam step moves a weight by about the learning rate"
-        error = (found.double() - expected.double()).norm() / expected.double().norm()
+        error = (mine.double() - expected.double()).norm() / expected.double().norm()
         assert error < 1e-7, f"{name}: relative difference {error:.1e}"
 
 
@@ -121,39 +179,142 @@ def test_filling_rows_change_nothing(tiny_config, tiny_prepared, negatives):
     assert parts[3].passage_page_N.tolist() == [-1, -1, -1]
 
 
-def resume_in_the_middle(rank: int, workers: int, folder: str, config: Config, prepared: PreparedData) -> None:
+def resume_in_the_middle(config: Config, prepared: PreparedData) -> list[torch.Tensor]:
     """Three steps unbroken; and the last of them again by a trainer that starts from the state before it."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=workers)
-    texts = prepared.passages.take(range(100), ["text"])["text"]
-    plan = Plan(0, {task: len(prepared.queries(task, "train")) for task in SIZES}, SIZES)
-    encoder, tokenizer = build_encoder(config.model, texts, seed=0)
-    tokenize = text_tokenizer(config, tokenizer)
-    maker = BatchMaker(plan, prepared, tokenize, negatives=None, negatives_per_query=0, rank=rank, workers=workers)
-    trainer = Trainer(config, encoder, torch.device("cpu"))
-    trainer.settle(maker.step(0))
-    for step in range(STEPS - 1):
-        trainer.step(step, maker.step(step))
-    weights = {name: value.clone() for name, value in encoder.state_dict().items()}
-    state = {name: value.clone() for name, value in trainer.state().items()}
-    trainer.step(STEPS - 1, maker.step(STEPS - 1))
-
-    again, _ = build_encoder(config.model, texts, seed=1)
-    again.load_state_dict(weights)
-    resumed = Trainer(config, again, torch.device("cpu"))
-    resumed.load(state)
-    resumed.settle(maker.step(STEPS - 1))
-    resumed.step(STEPS - 1, maker.step(STEPS - 1))
-    torch.save([trainer.flat.theta_P, resumed.flat.theta_P], f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    unbroken = Bench(config, prepared)
+    unbroken.run(*range(STEPS - 1))
+    weights, state = unbroken.weights_and_state()
+    unbroken.trainer.step(STEPS - 1, unbroken.maker.step(STEPS - 1))
+    resumed = Bench(config, prepared, seed=1)
+    resumed.encoder.load_state_dict(weights)
+    resumed.trainer.load(state)
+    resumed.run(STEPS - 1)
+    return [unbroken.theta_P, resumed.theta_P]
 
 
-def test_three_workers_resume_to_the_same_bits(tiny_config, tiny_prepared, tmp_path):
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_three_workers_resume_to_the_same_bits(distribution, tiny_config, tiny_prepared, tmp_path):
     """With three, a sum depends on the order in which the ring adds, and that on how DDP packs its buckets."""
-    tree = configure(tiny_config, "taco").model_dump(mode="json")
+    tree = configure(tiny_config, "taco", distribution=distribution).model_dump(mode="json")
     tree["model"] |= {"dropout": 0.1, "scratch": {"vocabulary": 600, "width": 128, "layers": 4, "heads": 2}}
-    config = parse_config(tree, "test")
-    mp.spawn(resume_in_the_middle, (3, str(tmp_path), config, tiny_prepared), nprocs=3)
-    for rank in range(3):
-        unbroken, resumed = torch.load(tmp_path / f"{rank}.pt")
+    for unbroken, resumed in together(3, tmp_path, resume_in_the_middle, parse_config(tree, "test"), tiny_prepared):
         assert torch.equal(unbroken, resumed)
+
+
+def start(config: Config, prepared: PreparedData) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    bench = Bench(config, prepared)
+    bench.run(0, 1)
+    return bench.weights_and_state()
+
+
+def go_on(config: Config, prepared: PreparedData, weights: dict, state: dict) -> torch.Tensor:
+    """Twenty steps from a state, in learning rates."""
+    bench = Bench(config, prepared, seed=1)
+    bench.encoder.load_state_dict(weights)
+    bench.trainer.load(state)
+    before = bench.theta_P.clone()
+    bench.run(*range(2, 22))
+    return (bench.theta_P - before) / config.train.learning_rate
+
+
+@pytest.mark.parametrize("method", ["taco", "cgd"])
+def test_a_run_goes_on_with_other_workers_and_another_distribution(method, tiny_config, tiny_prepared, tmp_path):
+    def config(distribution: str) -> Config:
+        base = configure(tiny_config, method, distribution=distribution, steps=22)
+        return with_values(base, {"specialization.decay": 0.9})
+
+    weights, state = together(2, tmp_path / "start", start, config("sharded"), tiny_prepared)[0]
+    alone = go_on(config("sharded"), tiny_prepared, weights, state)
+    assert alone.abs().max() > 5
+    # Adam makes a step of any gradient, rounding included: elements whose true gradient is 0 are left out.
+    moved = state["optimizer.exp_avg"].abs() > 1e-9
+    assert moved.double().mean() > 0.5
+    for workers, distribution in ((2, "sharded"), (3, "replicated"), (3, "task_parallel"), (4, "sharded")):
+        folder = tmp_path / f"{workers} {distribution}"
+        found = together(workers, folder, go_on, config(distribution), tiny_prepared, weights, state)[0]
+        error = (found - alone)[moved].norm() / alone[moved].norm()
+        assert error < 1e-6, f"{workers} {distribution}: relative difference {error:.1e}"
+
+
+def spoiled(bench: Bench, step: int, task: str) -> StepBatches:
+    batches = bench.maker.step(step)
+    if task not in batches:  # another worker has it
+        return batches
+    return batches | {task: replace(batches[task], query_weight_B=batches[task].query_weight_B * float("nan"))}
+
+
+def train_with_a_bad_step(config: Config, prepared: PreparedData) -> tuple[list[str | None], int, list[torch.Tensor]]:
+    """Eight steps; the seventh has a third task without finite gradient, in the first worker's part only."""
+    bench = Bench(config, prepared)
+    thetas, skipped = [], []
+    for step in range(8):
+        bad = step == 6 and (bench.rank == 0 or config.train.distribution == "task_parallel")
+        batches = spoiled(bench, step, "hotpotqa") if bad else bench.maker.step(step)
+        if step == 0:
+            bench.trainer.settle(batches)
+        skipped.append(bench.trainer.step(step, batches, describe=True).skipped)
+        thetas.append(bench.theta_P.clone())
+    return skipped, bench.trainer.bad_steps, thetas
+
+
+@pytest.mark.parametrize("method", ["mean", "taco"])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_all_workers_skip_a_step_whose_gradient_is_not_finite_on_one(
+    method, distribution, tiny_config, tiny_prepared, tmp_path
+):
+    config = configure(tiny_config, method, distribution=distribution, steps=8)
+    found = together(2, tmp_path, train_with_a_bad_step, config, tiny_prepared)
+    for skipped, bad_steps, thetas in found:
+        reason = "step 6: the gradient of task hotpotqa (first in shared.weight) is not finite"
+        assert skipped == [None] * 6 + [reason, None]
+        assert bad_steps == 1
+        assert torch.equal(thetas[6], thetas[5])
+        assert not torch.equal(thetas[7], thetas[6])
+        assert thetas[7].isfinite().all()
+        for mine, first in zip(thetas, found[0][2], strict=True):
+            assert torch.equal(mine, first)
+
+
+def drift(config: Config, prepared: PreparedData) -> list[str]:
+    """A weight changes on one worker only, before the second of three steps."""
+    bench = Bench(config, prepared)
+    said = []
+    for step in range(3):
+        if step == 1 and bench.rank == 1:
+            bench.theta_P[
+                bench.trainer.share.elements.stop - 1 if config.train.distribution == "replicated" else 0
+            ] += 1
+        try:
+            bench.trainer.step(step, bench.maker.step(step))
+        except TrainingError as error:
+            said.append(str(error))
+    return said
+
+
+def test_workers_that_drift_apart_are_found_at_the_next_comparison(tiny_config, tiny_prepared, tmp_path):
+    config = configure(tiny_config, "mean", compare_every=3)
+    for said in together(2, tmp_path, drift, config, tiny_prepared):
+        assert said == [
+            "step 2: the workers' parameters differ; go on from the last checkpoint, and look for a worker whose "
+            "memory or network fails"
+        ]
+
+
+def test_chunks_replay_their_dropout(tiny_config, tiny_prepared, monkeypatch):
+    """Whether a chunk's activations are kept or made again, dropout on: the same gradient."""
+    config = with_values(configure(tiny_config, "mean", chunk_texts=2), {"model.dropout": 0.2})
+    bench = Bench(config, tiny_prepared)
+    trainer, batch = bench.trainer, bench.maker.step(0)["nq"]
+
+    def gradient(step: int) -> torch.Tensor:
+        grad_P = torch.zeros_like(trainer.flat.theta_P)
+        trainer.flat.collect_gradients_in(grad_P)
+        trainer._begin(step)
+        trainer.task_loss(batch)[0].backward()
+        return grad_P
+
+    made_again, other_masks = gradient(0), gradient(1)
+    monkeypatch.setattr(gradients, "checkpoint", lambda function, *inputs, use_reentrant: function(*inputs))
+    kept = gradient(0)
+    assert (made_again - kept).norm() < 1e-5 * kept.norm()
+    assert (other_masks - kept).norm() > 0.1 * kept.norm()

@@ -76,10 +76,11 @@ def to_bytes(batches: StepBatches) -> bytes:
 
 
 def from_bytes(blob: bytes, tasks: Sequence[str]) -> StepBatches:
-    """The inverse of `to_bytes`; `tasks` gives the order."""
+    """The inverse of `to_bytes`; `tasks` gives the order, and may name some that the blob does not hold."""
     tensors = safetensors.torch.load(blob)
     names = TaskBatch.__dataclass_fields__
-    return {task: TaskBatch(**{name: tensors[f"{task}/{name}"] for name in names}) for task in tasks}
+    held = {name.partition("/")[0] for name in tensors}
+    return {task: TaskBatch(**{name: tensors[f"{task}/{name}"] for name in names}) for task in tasks if task in held}
 
 
 class GivenNegatives:
@@ -130,8 +131,11 @@ class BatchMaker:
         negatives_per_query: int,
         rank: int = 0,
         workers: int = 1,
+        tasks: Sequence[str] | None = None,
     ) -> None:
-        """Raises: DataError if negatives are asked for and none are given."""
+        """Args: tasks: make batches of these only, in the plan's order; None is all.
+        Raises: DataError if negatives are asked for and none are given.
+        """
         if negatives_per_query and negatives is None:
             raise DataError(
                 f"contrastive.negatives is {negatives_per_query} but no negatives are given; "
@@ -143,12 +147,13 @@ class BatchMaker:
         self.negatives = negatives
         self.negatives_per_query = negatives_per_query
         self.rank, self.workers = rank, workers
+        self.tasks = tuple(task for task in plan.batch if tasks is None or task in tasks)
         self._passages = prepared.passages
-        self._queries = {task: prepared.queries(task, "train") for task in plan.batch}
+        self._queries = {task: prepared.queries(task, "train") for task in self.tasks}
 
     def step(self, step: int) -> StepBatches:
-        """Every task's batch in one step."""
-        return {task: self._task(task, step) for task in self.plan.batch}
+        """The tasks' batches in one step."""
+        return {task: self._task(task, step) for task in self.tasks}
 
     def _task(self, task: str, step: int) -> TaskBatch:
         row_B = self.plan.rows(task, step)

@@ -53,8 +53,9 @@ class PrepareSummary:
     """URI → what became of its records."""
 
     def to_facts(self) -> dict[str, Any]:
-        """As JSON, for the manifest."""
-        return asdict(self) | {"files": {uri: count._asdict() for uri, count in self.files.items()}}
+        """As JSON, for the manifest: files by name alone, so that it does not depend on where they lie."""
+        files = [{"file": uri.rpartition("/")[2], **count._asdict()} for uri, count in self.files.items()]
+        return asdict(self) | {"files": files}
 
     def to_text(self) -> str:
         """For the console: a line per task and, where records were bad, per kind of damage."""

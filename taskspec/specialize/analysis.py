@@ -18,7 +18,7 @@ from torch import Tensor
 from taskspec.data.batches import StepBatches
 from taskspec.model.encoder import Encoder
 from taskspec.specialize.collectives import Collectives
-from taskspec.specialize.gradients import FlatParameters, Piece, TaskLoss, task_gradients
+from taskspec.specialize.gradients import FlatParameters, Piece, TaskLoss, add_gradient
 from taskspec.specialize.sensitivity import normalize, positive_medians, sensitivity
 
 
@@ -98,15 +98,15 @@ def probe(encoder: Encoder, temperature: float, steps: Sequence[StepBatches]) ->
         `dev_batches` by several seeds; on the encoder's device.
     Effects: the encoder is left in evaluation mode, its parameters as views of one vector.
     """
-    collectives = Collectives()
-    task_loss = TaskLoss(encoder, temperature, collectives).eval()
+    task_loss = TaskLoss(encoder, temperature, Collectives()).eval()
     flat = FlatParameters(task_loss)
     tasks = tuple(steps[0])
     total_TP = flat.theta_P.new_zeros(len(tasks), len(flat.theta_P))
     grad_1P = flat.theta_P.new_empty(1, len(flat.theta_P))
     for batches in steps:
         for total_P, task in zip(total_TP, tasks, strict=True):
-            task_gradients(task_loss, flat, [batches[task]], grad_1P, collectives)
+            flat.collect_gradients_in(grad_1P[0])
+            add_gradient(task_loss, batches[task])
             found_1P = sensitivity(flat.theta_P, grad_1P)
             total_P += normalize(found_1P, positive_medians(found_1P))[0]
     encoder.zero_grad()  # the gradients are views of grad_1P and would keep it

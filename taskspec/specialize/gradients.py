@@ -1,7 +1,7 @@
-"""One gradient per task from one batch per task, over all workers.
+"""The loss of one task's batch, over all workers; parameters and gradients as flat vectors.
 
-Path: batches → [here] → sensitivities and update.  T tasks, P elements of all trainable parameters together, B
-queries and N passages of one worker. DDP sums the gradients; every worker ends with the same T×P matrix.
+Path: batches → [here] → distribution.  P elements of all trainable parameters together, B queries and N passages of one
+worker, L tokens, D embedding.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from taskspec.data.batches import TaskBatch
 from taskspec.model.contrastive import allowed_passages, contrastive_loss
@@ -23,16 +23,24 @@ from taskspec.specialize.collectives import Collectives
 class TaskLoss(nn.Module):
     """The encoder with its loss: what DDP wraps, so that one forward is one task's batch."""
 
-    def __init__(self, encoder: Encoder, temperature: float, collectives: Collectives) -> None:
+    def __init__(
+        self, encoder: Encoder, temperature: float, collectives: Collectives, chunk_texts: int | None = None
+    ) -> None:
+        """Args: chunk_texts: embed at most so many texts at a time and keep no activations of them: the backward pass
+        embeds each chunk again, with the same dropout, so memory does not grow with the batch. None embeds all at
+        once. Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (GradCache),
+        arXiv 2101.06983, which torch's checkpointing of each chunk amounts to.
+        """
         super().__init__()
         self.encoder = encoder
         self.temperature = temperature
         self.collectives = collectives
+        self.chunk_texts = chunk_texts
 
     def forward(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
         """This worker's part of the task's mean loss in nats (the parts sum to it), and of its in-batch accuracy."""
-        query_BD = self.encoder(batch.query_ids_BL, batch.query_mask_BL)
-        passage_ND = self.collectives.gather(self.encoder(batch.passage_ids_NL, batch.passage_mask_NL))
+        query_BD = self._embed(batch.query_ids_BL, batch.query_mask_BL)
+        passage_ND = self.collectives.gather(self._embed(batch.passage_ids_NL, batch.passage_mask_NL))
         page_N = self.collectives.gather(batch.passage_page_N)
         first = self.collectives.rank * len(batch.passage_page_N)
         positive_B = torch.arange(first, first + len(query_BD), device=query_BD.device)
@@ -41,6 +49,18 @@ class TaskLoss(nn.Module):
         # A filling row has weight 0 but a loss all the same: its positive is allowed by rule.
         weight_B = batch.query_weight_B.to(loss_B.dtype)
         return loss_B @ weight_B, correct_B.to(loss_B.dtype) @ weight_B
+
+    def _embed(self, ids_NL: Tensor, mask_NL: Tensor) -> Tensor:
+        if self.chunk_texts is None or len(ids_NL) <= self.chunk_texts:
+            embedding_ND: Tensor = self.encoder(ids_NL, mask_NL)
+            return embedding_ND
+        length_N = mask_NL.sum(dim=1)
+        order_N = length_N.argsort(stable=True)  # a chunk is as long as its longest text
+        parts = []
+        for rows in torch.split(order_N, self.chunk_texts):
+            longest = int(length_N[rows[-1]])
+            parts.append(checkpoint(self.encoder, ids_NL[rows, :longest], mask_NL[rows, :longest], use_reentrant=False))
+        return torch.cat(parts)[order_N.argsort()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +81,16 @@ class FlatParameters:
     """All trainable parameters of a module as views of one vector, and their gradients as views of another.
 
     After construction the module's parameters share memory with `theta_P`: an update of the vector is an update of
-    the module. `pieces` are in the vector's order.
+    the module. `pieces` are in the vector's order; behind the last one, zeros fill up to a multiple of the workers.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, workers: int = 1) -> None:
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self._parameters = [parameter for _, parameter in named]
-        self.theta_P = torch.cat([p.detach().reshape(-1) for p in self._parameters])
+        size = sum(parameter.numel() for parameter in self._parameters)
+        filling = self._parameters[0].detach().new_zeros(-size % workers)
+        self.theta_P = torch.cat([*(p.detach().reshape(-1) for p in self._parameters), filling])
+        self.size = size
         pieces, start = [], 0
         for name, parameter in named:
             pieces.append(Piece(name.rpartition("transformer.")[2], tuple(parameter.shape), start))
@@ -84,27 +107,16 @@ class FlatParameters:
 
     def _split(self, vector_P: Tensor) -> Sequence[Tensor]:
         """One view for each parameter."""
-        return torch.split(vector_P, [parameter.numel() for parameter in self._parameters])
+        return torch.split(vector_P[: self.size], [parameter.numel() for parameter in self._parameters])
 
 
-def task_gradients(
-    task_loss: TaskLoss | DistributedDataParallel,
-    flat: FlatParameters,
-    batches: Sequence[TaskBatch],
-    grad_TP: Tensor,  # overwritten
-    collectives: Collectives,
-) -> tuple[Tensor, Tensor]:  # (T,), (T,)
-    """Fills `grad_TP` with the gradient of each task's mean loss over its whole batch, all workers' parts summed.
+def add_gradient(task_loss: nn.Module, batch: TaskBatch, *, scale: float = 1.0) -> Tensor:  # (2,)
+    """Adds the gradient of this worker's part of a task's mean loss, times `scale`, to where gradients are collected.
 
-    Returns: losses_T in nats and accuracies_T of the whole batches.
+    Args: task_loss: a TaskLoss, or DDP around one.
+    Returns: the part of the loss in nats, not scaled, and of the in-batch accuracy.
     """
-    parts = []
-    for row, batch in enumerate(batches):
-        flat.collect_gradients_in(grad_TP[row])
+    with torch.enable_grad():
         loss, accuracy = task_loss(batch)
-        # DDP averages over workers; the parts must be summed.
-        (loss * collectives.workers).backward()
-        collectives.count_all_reduce(grad_TP[row].nbytes)
-        parts.append(torch.stack([loss.detach(), accuracy]))
-    totals_T2 = collectives.sum(torch.stack(parts))
-    return totals_T2[:, 0], totals_T2[:, 1]
+        (loss * scale).backward()
+    return torch.stack([loss.detach(), accuracy])

@@ -1,23 +1,20 @@
-"""How much each task needs each row of the parameters, and the update that follows.
+"""How much each task needs each row of the parameters: the formulas.
 
-Path: gradients → [here] → step.  T tasks, P elements; no process group here. Memory: T·P floats; 8 tasks of T5-base
-(223 M) in fp32 are 7.1 GB per worker.
-Source of the method: arXiv 2307.00342, section 3. Where this departs from the published code, the function says so.
+Path: gradients, rows → [here] → methods.  T tasks, P elements, R rows; no process group and no state here.
+Source of the method: arXiv 2307.00342, section 3. Where this departs from it or from its published code, the function
+says so.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from taskspec.specialize.gradients import Piece
-
 SATURATED = 0.9
-"""A weight above this counts as saturated: one task owns the element."""
+"""A weight above this counts as saturated: one task owns the row."""
 
 
 def sensitivity(param_P: Tensor, grad_TP: Tensor) -> Tensor:
@@ -32,39 +29,31 @@ def sensitivity(param_P: Tensor, grad_TP: Tensor) -> Tensor:
     return (param_P * grad_TP).abs_()
 
 
-def share_rows(sensitivity_TP: Tensor, pieces: Sequence[Piece]) -> Tensor:
-    """Gives all elements of a row their mean, in place.
-
-    A row is what has one first index: a token of an embedding, an output of a linear layer; each element of a vector
-    is one. The paper takes every element by itself, which did worse (benchmarks/README.md).
-    Args: pieces: of the P elements.    Returns: (T, P), the same tensor.
-    """
-    for piece in pieces:
-        if len(piece.shape) > 1:
-            part_TRC = sensitivity_TP[:, piece.elements].view(len(sensitivity_TP), piece.shape[0], -1)
-            part_TRC.copy_(part_TRC.mean(dim=2, keepdim=True).expand_as(part_TRC))
-    return sensitivity_TP
-
-
 def positive_medians(sensitivity_TP: Tensor) -> Tensor:
     """Median of each task over the elements with a sensitivity above 0; the lower one of an even number.
 
     Embeddings of tokens that a batch does not hold have none, so the median over all elements is often 0.
     Returns: (T,); 0 for a task that is sensitive to nothing.
     """
-    medians = [row[row > 0].median() if bool((row > 0).any()) else row.new_zeros(()) for row in sensitivity_TP]
-    return torch.stack(medians)
+    return torch.stack([weighted_median(row, torch.ones_like(row, dtype=torch.int64)) for row in sensitivity_TP])
+
+
+def weighted_median(value_R: Tensor, width_R: Tensor) -> Tensor:
+    """Median of the values above 0, each taken as often as its width says; the lower one of an even number.
+
+    Rows share their mean sensitivity, so this is the median over elements.
+    Args: width_R: int64, elements of each row.    Returns: a scalar, 0 where no value is above 0.
+    """
+    sorted_R, order_R = value_R.sort()
+    upto_R = torch.where(sorted_R > 0, width_R[order_R], 0).cumsum(0)
+    middle = torch.searchsorted(upto_R, (upto_R[-1:] + 1) // 2)  # without elements above 0 the first, which is 0
+    return sorted_R[middle].clamp_min(0)[0]
 
 
 def normalize(sensitivity_TP: Tensor, median_T: Tensor) -> Tensor:
     """Sensitivities in units of their task's median, in place; a task with median 0 becomes 0."""
     divisor_T = median_T.masked_fill(median_T == 0, torch.inf)
-    return sensitivity_TP.div_(divisor_T[:, None])
-
-
-def accumulate(average_TP: Tensor, normalized_TP: Tensor, decay: float) -> Tensor:
-    """s ← decay·s + (1 − decay)·Ī, in place."""
-    return average_TP.mul_(decay).add_(normalized_TP, alpha=1 - decay)
+    return sensitivity_TP.div_(divisor_T[..., None])
 
 
 def bias_correction(updates_T: Tensor, decay: float) -> Tensor:
@@ -72,36 +61,8 @@ def bias_correction(updates_T: Tensor, decay: float) -> Tensor:
 
     Args: updates_T: int64 updates of each task.    Returns: (T,) float64; 1 where there was none.
     """
-    filled_T = 1 - torch.pow(torch.tensor(decay, dtype=torch.float64), updates_T)
+    filled_T = 1 - torch.pow(torch.tensor(decay, dtype=torch.float64, device=updates_T.device), updates_T)
     return torch.where(updates_T > 0, 1 / filled_T, torch.ones_like(filled_T))
-
-
-def task_weights(sensitivity_TP: Tensor, strength: float) -> Tensor:
-    """T·softmax over tasks of strength·ŝ: how much of each task's gradient an element takes; 1 is the plain mean.
-
-    The factor T is multiplied in before the division, so at strength 0 every weight is exactly 1 for any T.
-    Returns: (T, P), columns sum to T.
-    """
-    logits_TP = strength * sensitivity_TP
-    power_TP = logits_TP.sub_(logits_TP.max(dim=0).values).exp_()
-    total_P = power_TP.sum(dim=0)
-    return power_TP.mul_(power_TP.shape[0]).div_(total_P)
-
-
-def combine(weight_TP: Tensor, grad_TP: Tensor) -> Tensor:
-    """(1/T)·Σ_t weight_t ⊙ g_t, tasks added in order. Returns: (P,)."""
-    total_P = weight_TP[0] * grad_TP[0]
-    for weight_P, grad_P in zip(weight_TP[1:], grad_TP[1:], strict=True):
-        total_P.addcmul_(weight_P, grad_P)
-    return total_P.div_(len(grad_TP))
-
-
-def mean_gradient(grad_TP: Tensor) -> Tensor:
-    """(1/T)·Σ_t g_t, tasks added in order: bitwise what `combine` gives for weights of 1. Returns: (P,)."""
-    total_P = grad_TP[0].clone()
-    for grad_P in grad_TP[1:]:
-        total_P.add_(grad_P)
-    return total_P.div_(len(grad_TP))
 
 
 def scheduled_strength(strength: float, updates: int, warmup_steps: int) -> float:
@@ -116,20 +77,21 @@ class Specialized:
     """What the weights of one step look like; each is a share between 0 and 1."""
 
     entropy: float
-    """Mean over elements of the weights' entropy, over log T: 1 is plain multitask training, 0 is one task each."""
+    """Mean over touched elements of the weights' entropy, by log T: 1 is the plain mean, 0 is one task each."""
     saturation: float
     """Share of touched elements of which one task has a weight above 0.9 (of 1)."""
     saturated_energy: float
     """Share of the update's squared norm that lies in saturated elements."""
 
 
-def describe(weight_TP: Tensor, update_P: Tensor, touched_P: Tensor) -> Specialized:
-    """Args: weight_TP: columns sum to T. touched_P: bool, elements with a gradient of any task."""
-    share_TP = weight_TP[:, touched_P] / len(weight_TP)
-    if len(weight_TP) == 1 or not share_TP.numel():
+def describe(weight_TR: Tensor, elements_R: Tensor, energy_R: Tensor) -> Specialized:
+    """Args: weight_TR: columns sum to 1. elements_R: how many elements of each row count: 0 for one without gradient.
+    energy_R: the update's squared norm in each row."""
+    elements, energy = elements_R.double(), energy_R.double()
+    if len(weight_TR) == 1 or not elements.sum():
         return Specialized(entropy=1.0, saturation=0.0, saturated_energy=0.0)
-    entropy = torch.special.entr(share_TP).sum(dim=0).mean() / math.log(len(weight_TP))
-    saturated_P = share_TP.max(dim=0).values > SATURATED
-    energy_P = update_P[touched_P].square()
-    energy = energy_P[saturated_P].sum() / energy_P.sum().clamp_min(torch.finfo(energy_P.dtype).tiny)
-    return Specialized(float(entropy), float(saturated_P.float().mean()), float(energy))
+    entropy_R = torch.special.entr(weight_TR).sum(dim=0) / math.log(len(weight_TR))
+    saturated_R = weight_TR.max(dim=0).values > SATURATED
+    share_R = elements / elements.sum()
+    saturated_energy = energy[saturated_R].sum() / energy.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return Specialized(float(entropy_R.double() @ share_R), float(share_R[saturated_R].sum()), float(saturated_energy))

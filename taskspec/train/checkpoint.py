@@ -90,7 +90,11 @@ def open_training(uri: str, config: Config) -> TrainingState:
 
 
 _DECIDES_TRAINING = ("seed", "tasks", "prompts", "model", "contrastive", "mixing", "specialization")
-_MAY_CHANGE_IN_TRAIN = {"workers", "threads", "gpu", "checkpoint_every", "log_every", "max_failures"}
+_MAY_CHANGE_IN_TRAIN = {
+    "workers", "threads", "gpu", "distribution", "chunk_texts", "gradient_checkpointing", "max_bad_steps",
+    "compare_every", "checkpoint_every", "log_every", "max_failures",
+}  # fmt: skip
+"""What decides rounding, memory or what is watched, but not what is learned."""
 
 
 def training_identity(config: Config) -> dict[str, Any]:

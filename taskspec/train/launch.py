@@ -209,6 +209,8 @@ def _show_progress(job: TrainJob, stop: threading.Event) -> None:
             print(f"{label}: workers were restarted from the last checkpoint", flush=True)
             shown = len(lines)
         for line in lines[shown:]:
+            for reason in line["skipped"]:
+                print(f"{label}: skipped {reason}", flush=True)
             print(f"{label}: {console_line(line, job.config.train.steps)}", flush=True)
         shown = len(lines)
         if ending:

@@ -1,25 +1,28 @@
 """One training step: task gradients → one update → clip → AdamW.
 
-Path: batches, gradients, method → [here] → worker.  T tasks, P elements.
+Path: batches, distribution, method → [here] → worker.  T tasks, P elements of this worker's share
+or of the whole vector.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from taskspec.config import Config, canonical_sha256
 from taskspec.data.batches import StepBatches
 from taskspec.errors import TrainingError
 from taskspec.model.encoder import Encoder
 from taskspec.specialize.collectives import Collectives
-from taskspec.specialize.gradients import FlatParameters, TaskLoss, task_gradients
-from taskspec.specialize.methods import TaskGradients, make_method
-from taskspec.specialize.sensitivity import Specialized, mean_gradient
+from taskspec.specialize.distribution import Batches, Distribution, Replicated, Sharded, TaskParallel
+from taskspec.specialize.gradients import FlatParameters, TaskLoss
+from taskspec.specialize.methods import make_method
+from taskspec.specialize.sensitivity import Specialized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +34,14 @@ class StepResult:
     accuracy_T: Tensor
     """In-batch accuracy, between 0 and 1."""
     gradient_norm: float
-    """‖g‖ of the update before clipping."""
+    """‖g‖ of the update before clipping; not finite where the step was skipped."""
     gradient_ratio: float | None
     """‖g‖ over the norm of the tasks' mean gradient; measured when the weights are described."""
     clipped: bool
     learning_rate: float
     specialized: Specialized | None
+    skipped: str | None
+    """Why the step was skipped: where a gradient is not finite."""
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
@@ -50,117 +55,195 @@ def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
 class Trainer:
     """Model, method and optimizer of one worker, and the step that moves them.
 
-    The optimizer works on one vector of all parameters. Dropout's randomness is a function of (seed, step, worker), so
-    a run resumed at any step draws what the unbroken one drew.
+    The optimizer works on this worker's share of one vector of all parameters. Dropout's randomness is a function of
+    (seed, step, worker), so a run resumed at any step draws what the unbroken one drew.
     """
 
-    def __init__(self, config: Config, encoder: Encoder, device: torch.device) -> None:
+    def __init__(
+        self, config: Config, encoder: Encoder, device: torch.device, owners: Mapping[str, int] | None = None
+    ) -> None:
+        """Args: owners: with `task_parallel`, task → the worker that computes it."""
         self.config = config
         self.device = device
+        self.tasks = [task.name for task in config.trained_tasks]
         self.collectives = Collectives()
+        self.encoder = encoder.to(device)
         encoder.precision = config.train.precision
-        self.task_loss = TaskLoss(encoder.to(device), config.contrastive.temperature, self.collectives)
-        self.flat = FlatParameters(self.task_loss)
-        self.forward: TaskLoss | DistributedDataParallel = self.task_loss
-        if self.collectives.workers > 1:
-            self.forward = DistributedDataParallel(self.task_loss, forward_sync_buffers=False)
-        tasks = [task.name for task in config.trained_tasks]
+        if config.train.gradient_checkpointing:
+            transformer: Any = encoder.transformer
+            transformer.gradient_checkpointing_enable({"use_reentrant": False})
+        self.task_loss = self._task_loss(self.collectives)
+        self.flat = FlatParameters(self.task_loss, self.collectives.workers)
+        self.distribution = self._distribution(owners)
+        self.share = self.distribution.share
+        self.parameter = nn.Parameter(self.flat.theta_P[self.share.elements])
         self.method = make_method(
             config.specialization,
-            len(tasks),
-            self.flat.theta_P,
-            self.flat.pieces,
+            len(self.tasks),
+            self.parameter.data,
+            self.share,
             steps=config.train.steps,
             seed=config.seed,
         )
-        self.parameter = nn.Parameter(self.flat.theta_P)
         self.optimizer = torch.optim.AdamW(
             [self.parameter], lr=config.train.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
         )
-        self.grad_TP = self.flat.theta_P.new_zeros(len(tasks), len(self.flat.theta_P))
-        self.tasks = tasks
+        self.bad_steps = 0
+
+    def _task_loss(self, collectives: Collectives) -> TaskLoss:
+        return TaskLoss(self.encoder, self.config.contrastive.temperature, collectives, self.config.train.chunk_texts)
+
+    def _distribution(self, owners: Mapping[str, int] | None) -> Distribution:
+        kind = self.config.train.distribution
+        if self.collectives.workers == 1 or kind == "replicated":
+            return Replicated(self.task_loss, self.flat, self.collectives)
+        if kind == "sharded":
+            return Sharded(self.task_loss, self.flat, self.collectives)
+        assert owners is not None
+        alone = self._task_loss(Collectives.alone())
+        return TaskParallel(alone, self.flat, self.collectives, [owners[task] for task in self.tasks])
 
     def step(self, step: int, batches: StepBatches, *, describe: bool = False) -> StepResult:
-        """Moves the parameters once. Raises: TrainingError if a gradient is not finite, naming the tasks."""
-        self.seed_dropout(step)
-        self.forward.train()
-        ordered = [batches[task].to(self.device) for task in self.tasks]
-        loss_T, accuracy_T = task_gradients(self.forward, self.flat, ordered, self.grad_TP, self.collectives)
+        """Moves the parameters once; if a gradient is not finite, all workers leave them as they are.
+
+        Raises: TrainingError naming task and parameter after more than `train.max_bad_steps` of these, and if the
+            workers' parameters differ.
+        """
+        learning_rate = self.config.train.learning_rate * learning_rate_factor(
+            step, self.config.train.steps, self.config.train.lr_warmup
+        )
+        ordered = self._ordered(batches)
+        totals_T2 = torch.zeros(len(self.tasks), 2, dtype=self.flat.theta_P.dtype, device=self.device)
+        plain_P = torch.zeros_like(self.parameter) if describe and self.method.separate else None
+        self._begin(step)
         with torch.no_grad():
-            gradients = TaskGradients(self.flat.theta_P, self.grad_TP, loss_T)
-            update = self.method.update(gradients, describe=describe)
-            norm = float(update.grad_P.norm())
-            if not norm < float("inf"):
-                self._refuse(step)
+            if self.method.separate:
+                for task, grad_P in self.distribution.gradients(ordered, totals_T2):
+                    self.method.add(task, grad_P)
+                    if plain_P is not None:
+                        plain_P += grad_P
+            else:
+                self.method.add(0, self.distribution.summed_gradient(ordered, totals_T2))
+            update = self.method.update(totals_T2[:, 0], describe=describe)
+            norm = self._norm(update.grad_P)
+            skipped = None if math.isfinite(norm) else self._skip(step, ordered)
             clip = self.config.train.clip_norm
-            if norm > clip:
-                update.grad_P.mul_(clip / norm)
-            factor = learning_rate_factor(step, self.config.train.steps, self.config.train.lr_warmup)
-            learning_rate = self.config.train.learning_rate * factor
-            self.optimizer.param_groups[0]["lr"] = learning_rate
-            self.parameter.grad = update.grad_P
-            self.optimizer.step()
-            ratio = norm / max(float(mean_gradient(self.grad_TP).norm()), 1e-30) if describe else None
+            if skipped is None:
+                if norm > clip:
+                    update.grad_P.mul_(clip / norm)
+                self.optimizer.param_groups[0]["lr"] = learning_rate
+                self.parameter.grad = update.grad_P
+                self.optimizer.step()
+                self.method.accept()
+                self.distribution.gather()
+            if (step + 1) % self.config.train.compare_every == 0:
+                self._require_alike(step)
+            ratio = None
+            if describe:
+                ratio = 1.0 if plain_P is None else norm / max(self._norm(plain_P) / len(self.tasks), 1e-30)
         return StepResult(
-            loss_T=loss_T,
-            accuracy_T=accuracy_T,
+            loss_T=totals_T2[:, 0],
+            accuracy_T=totals_T2[:, 1],
             gradient_norm=norm,
             gradient_ratio=ratio,
             clipped=norm > clip,
             learning_rate=learning_rate,
             specialized=update.specialized,
+            skipped=skipped,
         )
 
-    def settle(self, batches: StepBatches) -> None:
-        """One forward and backward pass without an update, before the first step of a start.
+    def _ordered(self, batches: StepBatches) -> Batches:
+        return [batches[task].to(self.device) if task in batches else None for task in self.tasks]
 
-        DDP arranges its buckets anew after its first backward pass, and a ring's rounding depends on them. After this
-        pass a resumed run has the buckets that the unbroken one had.
-        """
-        if self.forward is not self.task_loss:
-            self.flat.collect_gradients_in(self.grad_TP[0])
-            loss, _ = self.forward(batches[self.tasks[0]].to(self.device))
-            loss.backward()
-
-    def seed_dropout(self, step: int) -> None:
+    def _begin(self, step: int) -> None:
+        """Dropout on, drawn as this step's."""
         words = canonical_sha256([self.config.seed, step, self.collectives.rank])
         torch.manual_seed(int(words[:15], 16))
+        self.encoder.train()
 
-    def _refuse(self, step: int) -> None:
-        bad = [task for task, grad_P in zip(self.tasks, self.grad_TP, strict=True) if not grad_P.isfinite().all()]
-        raise TrainingError(
-            f"step {step}: the gradient of {', '.join(bad) or 'the update'} is not finite; "
-            f"lower train.learning_rate or raise contrastive.temperature"
-        )
+    def _norm(self, vector_P: Tensor) -> float:
+        return math.sqrt(self.share.sum(vector_P.norm().square().double()))
+
+    def _skip(self, step: int, ordered: Batches) -> str:
+        """Counts a step that no worker takes. Returns: what was not finite, found by computing the gradients again."""
+        self.bad_steps += 1
+        nowhere = len(self.flat.theta_P)
+        first_T = torch.full((len(self.tasks),), nowhere, dtype=torch.int64, device=self.device)
+        totals_T2 = torch.zeros(len(self.tasks), 2, dtype=self.flat.theta_P.dtype, device=self.device)
+        self._begin(step)
+        for task, grad_P in self.distribution.gradients(ordered, totals_T2):
+            bad = grad_P.isfinite().logical_not_().nonzero()
+            if len(bad):
+                first_T[task] = self.share.elements.start + bad[0, 0]
+        found = {
+            task: next(piece.name for piece in self.flat.pieces if element < piece.elements.stop)
+            for task, element in zip(self.tasks, self.collectives.minimum(first_T).tolist(), strict=True)
+            if element < nowhere
+        }
+        where = ", ".join(f"task {task} (first in {name})" for task, name in found.items())
+        reason = f"step {step}: the gradient of {where or 'no task by itself, but their update,'} is not finite"
+        if self.bad_steps > self.config.train.max_bad_steps:
+            raise TrainingError(
+                f"{reason}; {self.bad_steps} such steps are more than train.max_bad_steps "
+                f"({self.config.train.max_bad_steps}): lower train.learning_rate or raise contrastive.temperature"
+            )
+        return reason
+
+    def _require_alike(self, step: int) -> None:
+        if not self.collectives.alike(self.flat.theta_P):
+            raise TrainingError(
+                f"step {step}: the workers' parameters differ; go on from the last checkpoint, and look for a worker "
+                f"whose memory or network fails"
+            )
+
+    def settle(self, batches: StepBatches) -> None:
+        """What has to run once before the first step of a start, so that a resumed run rounds as the unbroken one."""
+        self.distribution.settle(self._ordered(batches))
 
     @torch.inference_mode()
     def evaluate(self, batches: StepBatches) -> dict[str, float]:
         """In-batch accuracy per task over all workers, dropout off."""
-        self.task_loss.eval()
+        self.encoder.eval()
         accuracies = [self.task_loss(batch.to(self.device))[1] for batch in batches.values()]
         if not accuracies:
             return {}
         return dict(zip(batches, self.collectives.sum(torch.stack(accuracies)).tolist(), strict=True))
 
     def state(self) -> dict[str, Tensor]:
-        """Optimizer and method, by name; the weights are the encoder's."""
-        optimizer = self.optimizer.state.get(self.parameter, {})
-        return {
-            **{f"optimizer.{name}": value for name, value in optimizer.items()},
-            **{f"method.{name}": value for name, value in self.method.state().items()},
-        }
+        """Optimizer and method, by name, whole whatever the distribution; the weights are the encoder's.
+
+        To be called by all workers.
+        """
+        result = {f"method.{name}": value for name, value in self.method.state().items()}
+        result["trainer.bad_steps"] = torch.tensor(self.bad_steps)
+        for name, value in self.optimizer.state.get(self.parameter, {}).items():
+            result[f"optimizer.{name}"] = self._whole(value) if value.dim() else value
+        return result
+
+    def _whole(self, part_P: Tensor) -> Tensor:
+        if len(part_P) == len(self.flat.theta_P):
+            return part_P[: self.flat.size]
+        whole_P = torch.zeros_like(self.flat.theta_P)
+        whole_P[self.share.elements] = part_P
+        return self.collectives.gather_slices(whole_P)[: self.flat.size]
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Raises: TrainingError if the state does not fit this model, its tasks or method."""
-        groups: dict[str, dict[str, Tensor]] = {"optimizer": {}, "method": {}}
+        groups: dict[str, dict[str, Tensor]] = {"optimizer": {}, "method": {}, "trainer": {}}
         for name, value in state.items():
             group, _, rest = name.partition(".")
             groups[group][rest] = value
         if groups["optimizer"]:
             found = len(groups["optimizer"]["exp_avg"])
-            if found != len(self.parameter):
-                raise TrainingError(f"the checkpoint's optimizer has {found} elements, the model {len(self.parameter)}")
+            if found != self.flat.size:
+                raise TrainingError(f"the checkpoint's optimizer has {found} elements, the model {self.flat.size}")
             self.optimizer.state[self.parameter] = {
-                name: value.to(self.device if value.dim() else "cpu") for name, value in groups["optimizer"].items()
+                name: self._part(value) if value.dim() else value.clone() for name, value in groups["optimizer"].items()
             }
         self.method.load(groups["method"])
+        self.bad_steps = int(groups["trainer"].get("bad_steps", 0))
+
+    def _part(self, whole_P: Tensor) -> Tensor:
+        padded_P = torch.zeros_like(self.flat.theta_P)
+        padded_P[: self.flat.size] = whole_P
+        return padded_P[self.share.elements].clone()

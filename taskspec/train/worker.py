@@ -23,6 +23,8 @@ from taskspec.data.plan import Plan, queries_per_task
 from taskspec.data.prepared import PreparedData
 from taskspec.errors import ConfigError
 from taskspec.model.encoder import text_tokenizer
+from taskspec.specialize.collectives import Collectives
+from taskspec.specialize.distribution import assign_tasks
 from taskspec.train.checkpoint import add_to_run, open_training, publish_checkpoint, read_run
 from taskspec.train.step import StepResult, Trainer
 
@@ -60,19 +62,30 @@ def make_plan(config: Config, prepared: PreparedData) -> Plan:
     return Plan(config.seed, {name: sizes[name] for name in trained}, {name: batch[name] for name in trained})
 
 
+def task_owners(config: Config, plan: Plan, workers: int) -> dict[str, int] | None:
+    """Task → the worker that computes it, by the most tokens that its batch can have; None unless `task_parallel`."""
+    if config.train.distribution != "task_parallel" or workers == 1:
+        return None
+    passages = (1 + config.contrastive.negatives) * config.model.max_passage_tokens
+    tokens = {task: queries * (config.task(task).max_query_tokens + passages) for task, queries in plan.batch.items()}
+    return assign_tasks(tokens, workers)
+
+
 def make_maker(job: TrainJob, tokenizer: Any, rank: int, workers: int) -> BatchMaker:
-    """Opens what one worker's batches are made from."""
+    """Opens what one worker's batches are made from: its part of every task's, or its own tasks' whole ones."""
     prepared = PreparedData.open(job.prepared)
     plan = make_plan(job.config, prepared)
     negatives = GivenNegatives(job.negatives, prepared, tuple(plan.batch)) if job.negatives else None
+    owners = task_owners(job.config, plan, workers)
     return BatchMaker(
         plan,
         prepared,
         text_tokenizer(job.config, tokenizer),
         negatives=negatives,
         negatives_per_query=job.config.contrastive.negatives,
-        rank=rank,
-        workers=workers,
+        rank=0 if owners else rank,
+        workers=1 if owners else workers,
+        tasks=[task for task, owner in owners.items() if owner == rank] if owners else None,
     )
 
 
@@ -101,11 +114,12 @@ def train_worker(
     assert run is not None  # launch publishes the first checkpoint before any worker starts
     resumed = open_training(run.last_uri, config)
     inputs = dict(store.read_manifest(run.last_uri, "checkpoint").inputs)
-    trainer = Trainer(config, resumed.encoder, torch.device(device))
+    prepared = PreparedData.open(job.prepared)
+    plan = make_plan(config, prepared)
+    rank, workers = Collectives().rank, Collectives().workers
+    trainer = Trainer(config, resumed.encoder, torch.device(device), task_owners(config, plan, workers))
     if resumed.step:
         trainer.load(resumed.tensors)
-    rank, workers = trainer.collectives.rank, trainer.collectives.workers
-    prepared = PreparedData.open(job.prepared)
     dev = dev_batches(
         prepared,
         text_tokenizer(config, resumed.tokenizer),
@@ -115,8 +129,8 @@ def train_worker(
         rank=rank,
         workers=workers,
     )
-    log = Log(job, trainer, resumed.step, sum(make_plan(config, prepared).batch.values())) if rank == 0 else None
-    waited, started = 0.0, time.perf_counter()
+    log = Log(job, trainer, resumed.step, sum(plan.batch.values())) if rank == 0 else None
+    described, waited, started = False, 0.0, time.perf_counter()
     stream = batches(job, resumed.tokenizer, rank, workers, resumed.step)
     for step in range(resumed.step, config.train.steps):
         asked = time.perf_counter()
@@ -124,7 +138,7 @@ def train_worker(
         waited += time.perf_counter() - asked
         done = step + 1
         last = done == config.train.steps
-        described = last or done % config.train.log_every == 0
+        described = described or last or done % config.train.log_every == 0
         if step == resumed.step:
             trainer.settle(batch)
         result = trainer.step(step, batch, describe=described)
@@ -134,6 +148,7 @@ def train_worker(
         # once in a while: measure dev accuracy and publish a checkpoint
         if last or done % config.train.checkpoint_every == 0:
             accuracy = trainer.evaluate(dev)
+            state = trainer.state()
             folder = f"step-{done:08d}"
             if log:
                 log.dev_accuracy = accuracy
@@ -143,7 +158,7 @@ def train_worker(
                     resumed.encoder,
                     resumed.tokenizer,
                     step=done,
-                    state=trainer.state(),
+                    state=state,
                     inputs=inputs,
                     dev_accuracy=accuracy,
                 )
@@ -152,10 +167,12 @@ def train_worker(
             barrier({"step": done, **accuracy})
 
         # once in a while: one line for the console, JSONL and TensorBoard
-        if log and described:
-            now = time.perf_counter()
-            log.write(done, result, seconds=now - started, waited=waited)
-            waited, started = 0.0, now
+        if described and (result.skipped is None or last):  # else the next step is described instead
+            described = False
+            if log:
+                now = time.perf_counter()
+                log.write(done, result, seconds=now - started, waited=waited)
+                waited, started = 0.0, now
     if log:
         log.close()
 
@@ -174,15 +191,24 @@ class Log:
         self._name = store.join(job.run, "metrics", f"step-{start:08d}.jsonl")
         self._lines: list[str] = []
         self._results: list[StepResult] = []
+        self._skipped: list[str] = []
         self._queries_per_step = queries_per_step
         self._board = SummaryWriter(store.join(job.run, "tensorboard"), purge_step=start)
         self.dev_accuracy: dict[str, float] = {}
 
     def add(self, result: StepResult) -> None:
-        self._results.append(result)
+        if result.skipped is None:
+            self._results.append(result)
+        else:
+            self._skipped.append(result.skipped)
 
     def write(self, step: int, result: StepResult, *, seconds: float, waited: float) -> None:
-        """Writes the line of a step whose weights were described. Args: seconds, waited: since the last line."""
+        """Writes a line of the steps since the last one, with the weights of this one if it was taken.
+
+        Args: seconds, waited: since the last line.
+        """
+        if not self._results:
+            return
         loss_T = torch.stack([r.loss_T for r in self._results]).mean(0).tolist()
         accuracy_T = torch.stack([r.accuracy_T for r in self._results]).mean(0).tolist()
         tasks: dict[str, dict[str, float]] = {}
@@ -190,16 +216,16 @@ class Log:
             tasks[task] = {"loss": loss, "train_accuracy": accuracy}
             if task in self.dev_accuracy:
                 tasks[task]["dev_accuracy"] = self.dev_accuracy[task]
-        assert result.specialized is not None
+        said = None if result.skipped else result.specialized
         queries = self._queries_per_step * len(self._results)
         line = {
             "step": step,
             "tasks": tasks,
-            "entropy": result.specialized.entropy,
-            "saturation": result.specialized.saturation,
-            "saturated_energy": result.specialized.saturated_energy,
-            "gradient_norm": result.gradient_norm,
-            "gradient_ratio": result.gradient_ratio,
+            "entropy": said and said.entropy,
+            "saturation": said and said.saturation,
+            "saturated_energy": said and said.saturated_energy,
+            "gradient_norm": said and result.gradient_norm,
+            "gradient_ratio": said and result.gradient_ratio,
             "clip_rate": sum(r.clipped for r in self._results) / len(self._results),
             "learning_rate": result.learning_rate,
             "queries": queries,
@@ -207,8 +233,11 @@ class Log:
             "queries_per_second": queries / seconds,
             "wait_share": waited / seconds,
             "bytes_sent": self._trainer.collectives.bytes_sent,
+            "skipped": self._skipped.copy(),
+            "bad_steps": self._trainer.bad_steps,
         }
         self._results.clear()
+        self._skipped.clear()
         self._lines.append(json.dumps(line))
         store.write_bytes(self._name, ("\n".join(self._lines) + "\n").encode())
         for name, value in line.items():
@@ -246,9 +275,15 @@ def console_line(line: dict[str, Any], steps: int) -> str:
         f"step {line['step']}/{steps}",
         f"loss {loss:.2f} (most {hardest} {tasks[hardest]['loss']:.2f})",
         f"dev {100 * sum(dev) / len(dev):.0f}%" if dev else "",
-        f"entropy {line['entropy']:.2f}",
-        f"saturated {100 * line['saturation']:.0f}%",
-        f"‖g‖ ×{line['gradient_ratio']:.1f}",
+        *(
+            []
+            if line["entropy"] is None
+            else [
+                f"entropy {line['entropy']:.2f}",
+                f"saturated {100 * line['saturation']:.0f}%",
+                f"‖g‖ ×{line['gradient_ratio']:.1f}",
+            ]
+        ),
         f"clipped {100 * line['clip_rate']:.0f}%",
         f"lr {line['learning_rate']:.1e}",
         f"{line['queries_per_second']:.0f} q/s",
