@@ -146,6 +146,9 @@ class Specialization(Section):
     decay: float = Field(0.0, ge=0, lt=1)
     """β of the moving average of sensitivities; 0 takes this step's alone. The paper's code has 0.999, which was not
     shown to help (benchmarks/README.md)."""
+    shrinkage: bool = False
+    """Draw each task's sensitivities to the tasks' mean, by how much of them is noise from step to step in that layer:
+    for tasks with few queries a step."""
     warmup: float = Field(0.1, ge=0, le=1)
     """Share of the steps with equal weights; then strength grows from 0 over as many steps again."""
     min_warmup_steps: int = Field(100, ge=0)

@@ -13,8 +13,9 @@ from transformers import BertConfig, BertModel, T5Config, T5EncoderModel, T5Mode
 
 from taskspec.data.batches import StepBatches, TaskBatch
 from taskspec.model.encoder import Encoder
-from taskspec.specialize.analysis import Probe, kind_of, layer_of, owned_most, ownership, probe, random_mask
+from taskspec.specialize.analysis import Probe, owned_most, ownership, probe, random_mask
 from taskspec.specialize.gradients import FlatParameters, Piece
+from taskspec.specialize.names import kind_of, layer_of
 
 T5 = {"vocab_size": 20, "d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 2, "use_cache": False}
 BERT = {

@@ -74,7 +74,8 @@ def test_every_section_refuses_unknown_keys():
 def test_an_unknown_key_is_answered_with_the_known_ones():
     assert refused(specialization={"strenght": 1}) == (
         "mine.yaml: unknown key specialization.strenght; "
-        "known: method, strength, decay, warmup, min_warmup_steps, cgd_step, gradnorm_step, gradnorm_restoring"
+        "known: method, strength, decay, shrinkage, warmup, min_warmup_steps, "
+        "cgd_step, gradnorm_step, gradnorm_restoring"
     )
     assert refused(model={"scratch": {"depth": 2}}).endswith(
         "unknown key model.scratch.depth; known: vocabulary, width, layers, heads"

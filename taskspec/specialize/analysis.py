@@ -7,7 +7,6 @@ No Ray and no files here; the proof by zeroing elements is in evaluate/ablation.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -19,6 +18,7 @@ from taskspec.data.batches import StepBatches
 from taskspec.model.encoder import Encoder
 from taskspec.specialize.collectives import Collectives
 from taskspec.specialize.gradients import FlatParameters, Piece, TaskLoss, add_gradient
+from taskspec.specialize.names import kind_of, layer_of
 from taskspec.specialize.sensitivity import normalize, positive_medians, sensitivity
 
 
@@ -183,32 +183,3 @@ def random_mask(found: Probe, mask_P: Tensor, generator: torch.Generator) -> Ten
         order = torch.randperm(len(candidates), generator=generator)[: int(mask_P[piece.elements].sum())]
         result_P[piece.elements][candidates[order.to(candidates.device)]] = True
     return result_P
-
-
-def layer_of(name: str) -> str:
-    """Where in the model a parameter stands: `embedding`, `encoder 0` …, `decoder 0` …, `final`, or `other`.
-
-    Args: name: as T5 and BERT name it, `Piece.name`. The final norms of T5's encoder and decoder are both `final`.
-    """
-    if block := re.match(r"(encoder|decoder)\.(?:block|layer)\.(\d+)\.", name):
-        return f"{block[1]} {block[2]}"
-    if re.match(r"(shared|embeddings)\.", name):
-        return "embedding"
-    return "final" if "final_layer_norm" in name else "other"
-
-
-def kind_of(name: str) -> str:
-    """What a parameter is: `embedding`, `attention` (its biases by distance too), `feed-forward`, `norm`, or `other`.
-
-    Args: name: as T5 and BERT name it, `Piece.name`.
-    """
-    return next((kind for kind, pattern in _KINDS.items() if re.search(pattern, name)), "other")
-
-
-# The first that matches: norms stand inside embeddings and attention, and BERT's attention has an `output.dense`.
-_KINDS = {
-    "norm": r"layer_norm|LayerNorm",
-    "attention": r"[aA]ttention",
-    "embedding": r"^(shared|embeddings)\.",
-    "feed-forward": r"DenseReluDense|(intermediate|output)\.dense",
-}

@@ -9,7 +9,7 @@ their states (weights, averages of rows) are the same on all workers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +22,7 @@ from taskspec.specialize import sensitivity as s
 from taskspec.specialize.distribution import Share
 from taskspec.specialize.mixture import Mixture
 from taskspec.specialize.sensitivity import Specialized
+from taskspec.specialize.stability import Estimate, Stability
 
 EVEN = Specialized(entropy=1.0, saturation=0.0, saturated_energy=0.0)
 """Of methods that take every task's gradient alike."""
@@ -34,6 +35,8 @@ class Update:
     grad_P: Tensor
     """Valid until the next gradient is added."""
     specialized: Specialized | None
+    stability: Sequence[Mapping[str, Estimate]] | None = None
+    """By task, layer → how well the sensitivities are known; with methods that have them, if it was asked for."""
 
 
 class Method(Protocol):
@@ -92,8 +95,7 @@ class Taco:
     """Weights per row by sensitivity: (1/T)·Σ_t (T·w_t) ⊙ g_t with w a softmax over tasks of strength·ŝ.
 
     The sensitivity of a row is the mean of its elements' |θ·g|; the paper takes every element by itself, which did
-    worse (benchmarks/README.md). Medians are exact, over the R rows. Holds T·R floats of running averages, as many of
-    scratch, and the mixture's P.
+    worse (benchmarks/README.md). Medians are exact, over the R rows. Holds the mixture's P floats and a few times T·R.
     Source: arXiv 2307.00342, section 3; where this departs, sensitivity.py says so.
     """
 
@@ -109,6 +111,8 @@ class Taco:
         self.updates_T = torch.zeros(tasks, dtype=torch.int64, device=theta_P.device)
         self.steps_done = torch.zeros((), dtype=torch.int64)
         self._mixture = Mixture(rows, theta_P)
+        self.stability = Stability(tasks, rows, theta_P)
+        self._normalized_TR = torch.zeros_like(self.average_TR)
         self._next_TR = torch.zeros_like(self.average_TR)
         self._next_T = torch.zeros_like(self.updates_T)
         self._touched_R = torch.zeros(rows.rows, dtype=torch.bool, device=theta_P.device)
@@ -120,6 +124,9 @@ class Taco:
         self._touched_R |= current_R > 0
         self._next_T[task] = self.updates_T[task] + (median > 0)
         normalized_R = s.normalize(current_R, median)
+        self._normalized_TR[task] = normalized_R
+        if self.config.shrinkage:
+            normalized_R = self.stability.shrink(task, normalized_R)
         torch.add(decay * self.average_TR[task], normalized_R, alpha=1 - decay, out=self._next_TR[task])
         self._mixture.add(self._logits(slice(task, task + 1))[0], grad_P)
 
@@ -137,15 +144,17 @@ class Taco:
             weight_TR = torch.softmax(self._logits(slice(None)), dim=0)
             specialized = s.describe(weight_TR, rows.width_R * self._touched_R, energy_R)
         self._touched_R.zero_()
-        return Update(grad_P, specialized)
+        return Update(grad_P, specialized, self.stability.estimates() if describe else None)
 
     def accept(self) -> None:
+        self.stability.add(self._normalized_TR)
         self.average_TR.copy_(self._next_TR)
         self.updates_T.copy_(self._next_T)
         self.steps_done += 1
 
     def state(self) -> dict[str, Tensor]:
-        return {"average_TR": self.average_TR, "updates_T": self.updates_T, "steps_done": self.steps_done}
+        mine = {"average_TR": self.average_TR, "updates_T": self.updates_T, "steps_done": self.steps_done}
+        return mine | self.stability.state()
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         _copy_state(self.state(), state)

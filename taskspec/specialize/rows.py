@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from taskspec.specialize.gradients import Piece
+from taskspec.specialize.names import layer_of
 
 CHUNK = 1 << 16
 """Elements that are worked on at a time: three such fp32 vectors stay in a core's cache of 1 MB."""
@@ -32,21 +33,26 @@ class Block(NamedTuple):
 class Rows:
     """The rows of some elements of the vector that the pieces describe.
 
-    Attributes: width_R: elements of each row of the whole model, int64; rows: R.
+    Attributes: rows: R. width_R: elements of each row of the whole model, int64. layers: of the model, by name.
+    layer_R: each row's place in `layers`, int64.
     """
 
     def __init__(self, pieces: Sequence[Piece], elements: slice, device: torch.device) -> None:
-        widths, self.blocks = [], []
+        layers: dict[str, int] = {}
+        widths, places, self.blocks = [], [], []
         first_row = 0
         for piece in pieces:
             size = piece.elements.stop - piece.start
             rows = piece.shape[0] if len(piece.shape) > 1 else size
             width = size // rows
             widths.append(torch.full((rows,), width, dtype=torch.int64))
+            places.append(torch.full((rows,), layers.setdefault(layer_of(piece.name), len(layers)), dtype=torch.int64))
             self.blocks += _blocks(piece.start, rows, width, first_row, elements)
             first_row += rows
         self.rows = first_row
         self.width_R = torch.cat(widths).to(device)
+        self.layers = tuple(layers)
+        self.layer_R = torch.cat(places).to(device)
 
     def sum_abs_products(self, a_P: Tensor, b_P: Tensor) -> Tensor:
         """Σ |a·b| over each row's elements of this worker. Returns: (R,); 0 for rows that lie elsewhere."""

@@ -7,7 +7,7 @@ or of the whole vector.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from taskspec.specialize.distribution import Batches, Distribution, Replicated, 
 from taskspec.specialize.gradients import FlatParameters, TaskLoss
 from taskspec.specialize.methods import make_method
 from taskspec.specialize.sensitivity import Specialized
+from taskspec.specialize.stability import Estimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,8 @@ class StepResult:
     clipped: bool
     learning_rate: float
     specialized: Specialized | None
+    stability: Sequence[Mapping[str, Estimate]] | None
+    """By task, layer → how well the sensitivities are known; measured when the weights are described."""
     skipped: str | None
     """Why the step was skipped: where a gradient is not finite."""
 
@@ -149,6 +152,7 @@ class Trainer:
             clipped=norm > clip,
             learning_rate=learning_rate,
             specialized=update.specialized,
+            stability=update.stability,
             skipped=skipped,
         )
 

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -233,6 +233,10 @@ class Log:
             "queries_per_second": queries / seconds,
             "wait_share": waited / seconds,
             "bytes_sent": self._trainer.collectives.bytes_sent,
+            "stability": {
+                task: {layer: asdict(estimate) for layer, estimate in layers.items()}
+                for task, layers in zip(self._trainer.tasks, (said and result.stability) or (), strict=False)
+            },
             "skipped": self._skipped.copy(),
             "bad_steps": self._trainer.bad_steps,
         }
