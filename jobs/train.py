@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from jobs import cli
@@ -15,16 +16,21 @@ def build_parser() -> argparse.ArgumentParser:
     result.add_argument("--prepared", type=store.absolute, help="prepared data; default <artifacts>/prepared")
     result.add_argument("--negatives", type=store.absolute, help="mined negatives; default <artifacts>/negatives")
     result.add_argument("--out", type=store.absolute, help="run folder; default <artifacts>/runs/<method>")
+    result.add_argument(
+        "--plan", action="store_true", help="say what the run will need, and try ten steps, instead of training"
+    )
     return result
 
 
 def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Returns: `uri` of the best checkpoint, `last`, and `dev_accuracy` of the best (mean over tasks)."""
+    """Returns: `uri` of the best checkpoint, `last`, and `dev_accuracy` of the best (mean over tasks); with `--plan`,
+    `uri` and content of the plan."""
     arguments = build_parser().parse_args(argv)
     config = cli.configuration(arguments)
 
     from taskspec import cluster
-    from taskspec.train.launch import train
+    from taskspec.train.launch import plan, train
+    from taskspec.train.planning import PLAN_FILE
     from taskspec.train.worker import TrainJob
 
     negatives = arguments.negatives or store.join(config.artifacts, "negatives")
@@ -35,6 +41,9 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
         run=arguments.out or store.join(config.artifacts, "runs", config.specialization.method),
     )
     cluster.connect(config.cluster)
+    if arguments.plan:
+        planned = plan(job)
+        return {"uri": store.join(job.run, PLAN_FILE), **asdict(planned)}
     done = train(job)
     return {"uri": done.best_uri, "last": done.last_uri, "dev_accuracy": done.best_accuracy}
 

@@ -53,6 +53,14 @@ def connect(config: Cluster) -> None:
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
 
 
+def worker_memory(workers: int) -> int:
+    """Bytes that Ray has for each of so many workers on its largest node, if the nodes share them evenly."""
+    import ray
+
+    nodes = [node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]]
+    return int(max(nodes) / math.ceil(workers / len(nodes)))
+
+
 def prepare_ray_data() -> Any:
     """Sets this process's Ray Data: order preserved, no progress bars. Returns: its DataContext."""
     import ray.data

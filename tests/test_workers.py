@@ -17,6 +17,7 @@ from taskspec.model.encoder import build_encoder, text_tokenizer
 from taskspec.negatives.bm25 import mine_bm25
 from taskspec.specialize import gradients
 from taskspec.specialize.collectives import Collectives
+from taskspec.train.planning import plan_training
 from taskspec.train.step import Trainer
 from taskspec.train.worker import task_owners
 
@@ -199,6 +200,26 @@ def test_three_workers_resume_to_the_same_bits(distribution, tiny_config, tiny_p
     tree["model"] |= {"dropout": 0.1, "scratch": {"vocabulary": 600, "width": 128, "layers": 4, "heads": 2}}
     for unbroken, resumed in together(3, tmp_path, resume_in_the_middle, parse_config(tree, "test"), tiny_prepared):
         assert torch.equal(unbroken, resumed)
+
+
+def sent_in_a_step(config: Config, prepared: PreparedData) -> tuple[int, int]:
+    """Bytes that were counted, and those that a plan foresees."""
+    bench = Bench(config, prepared)
+    bench.run(0)
+    before = bench.trainer.collectives.bytes_sent
+    bench.trainer.step(1, bench.maker.step(1))
+    shapes = [piece.shape for piece in bench.trainer.flat.pieces]
+    plan = plan_training(with_values(config, {"train.workers": bench.workers}), bench.maker.plan, shapes)
+    return bench.trainer.collectives.bytes_sent - before, plan.sent
+
+
+@pytest.mark.parametrize("method", ["mean", "taco"])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_a_plan_foresees_the_bytes_on_the_wire(method, distribution, tiny_config, tiny_prepared, tmp_path):
+    config = with_values(configure(tiny_config, method, distribution=distribution), {"model.dropout": 0.1})  # fp32
+    found = together(2, tmp_path, sent_in_a_step, config, tiny_prepared)
+    counted = max(sent for sent, _ in found)  # task-parallel workers with fewer tasks send less
+    assert counted == pytest.approx(found[0][1], rel=0.06)  # the rest is gathered embeddings, of a tiny model
 
 
 def start(config: Config, prepared: PreparedData) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

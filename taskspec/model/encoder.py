@@ -82,11 +82,9 @@ def load_encoder(model: Model, folder: str | Path) -> tuple[Encoder, Any]:
     try:
         config = AutoConfig.from_pretrained(folder)
         rates = {name: model.dropout for name in _DROPOUT_NAMES if hasattr(config, name)}
-        if config.model_type == "t5":
-            kind = AutoModel if model.pooling == "first" else T5EncoderModel
-            transformer = kind.from_pretrained(folder, dtype=torch.float32, **rates)
-        else:
-            transformer = AutoModel.from_pretrained(folder, dtype=torch.float32, add_pooling_layer=False, **rates)
+        kind = T5EncoderModel if config.model_type == "t5" and model.pooling == "mean" else AutoModel
+        parts = {} if config.model_type == "t5" else _NO_POOLER
+        transformer = kind.from_pretrained(folder, dtype=torch.float32, **parts, **rates)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, TypeError, KeyError) as error:
         first_line = str(error).strip().splitlines()[0]
@@ -94,6 +92,7 @@ def load_encoder(model: Model, folder: str | Path) -> tuple[Encoder, Any]:
     return Encoder(transformer, model.pooling, model.similarity), tokenizer
 
 
+_NO_POOLER = {"add_pooling_layer": False}
 _DROPOUT_NAMES = ("dropout_rate", "hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
@@ -102,12 +101,22 @@ def build_encoder(model: Model, texts: Iterable[str], seed: int) -> tuple[Encode
 
     Args: texts: passages and queries of the prepared data, read once. seed: of the weights.
     """
-    from transformers import T5Config, T5EncoderModel, T5Model
+    from transformers import T5EncoderModel, T5Model
+
+    tokenizer = train_tokenizer(texts, model.scratch)
+    config = _scratch_config(model, len(tokenizer))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = T5Model(config) if model.pooling == "first" else T5EncoderModel(config)
+    return Encoder(transformer, model.pooling, model.similarity), tokenizer
+
+
+def _scratch_config(model: Model, vocabulary: int) -> Any:
+    from transformers import T5Config
 
     scratch = model.scratch
-    tokenizer = train_tokenizer(texts, scratch)
-    config = T5Config(
-        vocab_size=len(tokenizer),
+    return T5Config(
+        vocab_size=vocabulary,
         d_model=scratch.width,
         d_kv=scratch.width // scratch.heads,
         d_ff=4 * scratch.width,
@@ -117,10 +126,31 @@ def build_encoder(model: Model, texts: Iterable[str], seed: int) -> tuple[Encode
         decoder_start_token_id=0,
         use_cache=False,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        transformer = T5Model(config) if model.pooling == "first" else T5EncoderModel(config)
-    return Encoder(transformer, model.pooling, model.similarity), tokenizer
+
+
+Shapes = list[tuple[int, ...]]
+"""Of trainable parameters, in the order of the flat vector."""
+
+
+def encoder_shapes(model: Model) -> Shapes:
+    """What an encoder's parameters will be, without making or reading them. Raises: ConfigError as `load_encoder`."""
+    from transformers import AutoConfig, AutoModel, T5EncoderModel, T5Model
+
+    try:
+        config = (
+            _scratch_config(model, model.scratch.vocabulary)
+            if model.source is None
+            else AutoConfig.from_pretrained(model.source)
+        )
+        with torch.device("meta"):
+            if config.model_type == "t5":
+                transformer: Any = T5Model(config) if model.pooling == "first" else T5EncoderModel(config)
+            else:
+                transformer = AutoModel.from_config(config, **_NO_POOLER)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model.source {model.source}: no T5 or BERT-like encoder: {first_line}") from error
+    return [tuple(parameter.shape) for parameter in transformer.parameters() if parameter.requires_grad]
 
 
 def train_tokenizer(texts: Iterable[str], scratch: Scratch) -> Any:

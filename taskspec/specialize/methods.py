@@ -322,6 +322,13 @@ def _copy_state(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Non
         tensor.copy_(found)
 
 
+def kept_floats(config: Specialization, tasks: int) -> tuple[int, int]:
+    """Floats that a method holds all the time: of each element of a worker's share, and of each row of the model."""
+    if config.method == "taco":
+        return 1, 5 * tasks
+    return (tasks, 0) if config.method in ("pcgrad", "cgd", "gradnorm") else (0, 0)
+
+
 def make_method(config: Specialization, tasks: int, theta_P: Tensor, share: Share, *, steps: int, seed: int) -> Method:
     """The method of a configuration for a worker's share of the parameters."""
     if config.method == "taco":

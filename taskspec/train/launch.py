@@ -9,17 +9,19 @@ import math
 import threading
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from taskspec import cluster, store
-from taskspec.config import Config
+from taskspec.config import Config, with_values
 from taskspec.data.batches import StepBatches
 from taskspec.data.prepared import PreparedData
 from taskspec.data.stream import stream
 from taskspec.errors import DataError, TaskspecError, TrainingError
-from taskspec.model.encoder import build_encoder, load_encoder
+from taskspec.model.encoder import build_encoder, encoder_shapes, load_encoder
 from taskspec.train.checkpoint import Run, add_to_run, encoder_id, open_training, publish_checkpoint, read_run
+from taskspec.train.planning import PROBE_STEPS, TrainingPlan, measured, plan_training, summary, write_plan
 from taskspec.train.worker import TrainJob, console_line, make_maker, make_plan, read_metrics, train_worker
 
 TOKENIZER_TEXTS = 200_000
@@ -105,13 +107,7 @@ def train(job: TrainJob) -> Run:
     Raises: PlacementError within `cluster.wait_s` if the cluster is too small; TrainingError with the worker's own
         message if training fails more than `train.max_failures` times.
     """
-    config = job.config
-    cluster.require(
-        f"training with {config.train.workers} worker(s) and their data",
-        cpus=needed_cpus(config),
-        gpus=config.train.workers if config.train.gpu else 0,
-        wait_s=config.cluster.wait_s,
-    )
+    require_cpus(job.config)
     run = start_run(job)
     if run.finished:
         print(f"{job.run}: {run.last} is its last checkpoint, nothing is left to train", flush=True)
@@ -126,7 +122,48 @@ def train(job: TrainJob) -> Run:
         progress.join()
     finished = read_run(job.run)
     assert finished is not None
+    label = job.run.rstrip("/").rpartition("/")[2]
+    for line in summary(finished, read_metrics(job.run)).splitlines():
+        print(f"{label}: {line}", flush=True)
     return finished
+
+
+def plan(job: TrainJob) -> TrainingPlan:
+    """What a run will need: counted, refused if it cannot fit, and some steps tried on the connected cluster.
+
+    It is kept beside the run, so that the run can be compared with it. Nothing else of the steps that were tried stays.
+    Raises: PlacementError if memory or CPUs are too few; what training raises.
+    """
+    config = job.config
+    planned = plan_training(config, make_plan(config, PreparedData.open(job.prepared)), encoder_shapes(config.model))
+    available = None if config.train.gpu else cluster.worker_memory(config.train.workers)
+    planned.require_fits(available)
+    require_cpus(config)
+    values = {"steps": PROBE_STEPS, "checkpoint_every": PROBE_STEPS, "log_every": PROBE_STEPS // 2, "dev_queries": 2}
+    tried = replace(
+        job,
+        run=f"{job.run.rstrip('/')}-plan",
+        config=with_values(config, {f"train.{name}": value for name, value in values.items()}),
+    )
+    try:
+        start_run(tried)
+        _fit(tried)
+        planned = measured(planned, read_metrics(tried.run))
+    finally:
+        store.remove(tried.run)
+    write_plan(job.run, planned)
+    print(planned.to_text(available), flush=True)
+    return planned
+
+
+def require_cpus(config: Config) -> None:
+    """Raises: PlacementError within `cluster.wait_s` if the cluster is too small."""
+    cluster.require(
+        f"training with {config.train.workers} worker(s) and their data",
+        cpus=needed_cpus(config),
+        gpus=config.train.workers if config.train.gpu else 0,
+        wait_s=config.cluster.wait_s,
+    )
 
 
 def _fit(job: TrainJob) -> None:

@@ -7,6 +7,7 @@ or of the whole vector.
 from __future__ import annotations
 
 import math
+import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -212,6 +213,17 @@ class Trainer:
         if not accuracies:
             return {}
         return dict(zip(batches, self.collectives.sum(torch.stack(accuracies)).tolist(), strict=True))
+
+    def peak_bytes(self) -> int:
+        """Memory of the worker that has taken most so far: of the process, or on a GPU of its tensors.
+
+        To be called by all workers.
+        """
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+        else:
+            peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB
+        return -int(self.collectives.minimum(torch.tensor(-peak, device=self.device)))
 
     def state(self) -> dict[str, Tensor]:
         """Optimizer and method, by name, whole whatever the distribution; the weights are the encoder's.

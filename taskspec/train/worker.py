@@ -130,6 +130,10 @@ def train_worker(
         workers=workers,
     )
     log = Log(job, trainer, resumed.step, sum(plan.batch.values())) if rank == 0 else None
+    if resumed.step == 0:
+        at_start = trainer.evaluate(dev)
+        if log:
+            log.dev_at_start = at_start
     described, waited, started = False, 0.0, time.perf_counter()
     stream = batches(job, resumed.tokenizer, rank, workers, resumed.step)
     for step in range(resumed.step, config.train.steps):
@@ -169,9 +173,10 @@ def train_worker(
         # once in a while: one line for the console, JSONL and TensorBoard
         if described and (result.skipped is None or last):  # else the next step is described instead
             described = False
+            peak = trainer.peak_bytes()
             if log:
                 now = time.perf_counter()
-                log.write(done, result, seconds=now - started, waited=waited)
+                log.write(done, result, seconds=now - started, waited=waited, peak=peak)
                 waited, started = 0.0, now
     if log:
         log.close()
@@ -195,6 +200,7 @@ class Log:
         self._queries_per_step = queries_per_step
         self._board = SummaryWriter(store.join(job.run, "tensorboard"), purge_step=start)
         self.dev_accuracy: dict[str, float] = {}
+        self.dev_at_start: dict[str, float] = {}
 
     def add(self, result: StepResult) -> None:
         if result.skipped is None:
@@ -202,10 +208,10 @@ class Log:
         else:
             self._skipped.append(result.skipped)
 
-    def write(self, step: int, result: StepResult, *, seconds: float, waited: float) -> None:
+    def write(self, step: int, result: StepResult, *, seconds: float, waited: float, peak: int) -> None:
         """Writes a line of the steps since the last one, with the weights of this one if it was taken.
 
-        Args: seconds, waited: since the last line.
+        Args: seconds, waited: since the last line. peak: bytes, of the worker that took most so far.
         """
         if not self._results:
             return
@@ -237,6 +243,8 @@ class Log:
                 task: {layer: asdict(estimate) for layer, estimate in layers.items()}
                 for task, layers in zip(self._trainer.tasks, (said and result.stability) or (), strict=False)
             },
+            "peak_bytes": peak,
+            "dev_at_start": self.dev_at_start,
             "skipped": self._skipped.copy(),
             "bad_steps": self._trainer.bad_steps,
         }
