@@ -17,6 +17,13 @@ def build_parser() -> argparse.ArgumentParser:
     result.add_argument("--negatives", type=store.absolute, help="mined negatives; default <artifacts>/negatives")
     result.add_argument("--out", type=store.absolute, help="run folder; default <artifacts>/runs/<method>")
     result.add_argument(
+        "--from",
+        dest="start",
+        type=store.absolute,
+        metavar="URI",
+        help="start from a checkpoint's weights and sensitivities, for instance to add a task",
+    )
+    result.add_argument(
         "--plan", action="store_true", help="say what the run will need, and try ten steps, instead of training"
     )
     return result
@@ -39,6 +46,7 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
         prepared=arguments.prepared or store.join(config.artifacts, "prepared"),
         negatives=negatives if config.contrastive.negatives else None,
         run=arguments.out or store.join(config.artifacts, "runs", config.specialization.method),
+        start=arguments.start,
     )
     cluster.connect(config.cluster)
     if arguments.plan:

@@ -201,6 +201,38 @@ def test_a_run_is_found_again_from_an_encoder_that_was_moved_and_not_from_anothe
         start_run(other)
 
 
+def test_a_new_task_starts_from_a_checkpoint_whose_other_tasks_keep_their_sensitivities(job, tmp_path):
+    config = with_values(job.config, {"specialization.decay": 0.9, "train.tasks": ["nq", "fever"]})
+    first = replace(job, config=config)
+    start_run(first)
+    train_worker(first)
+    start = read_run(first.run)
+    assert start is not None
+    more = with_values(config, {"train.tasks": ["fever", "nq", "trex"]})
+    second = replace(job, run=str(tmp_path / "more"), config=more, start=start.last_uri)
+    begun = start_run(second)
+    old, new = tensors(start.last_uri), tensors(begun.last_uri)
+    assert torch.equal(new["shared.weight"], old["shared.weight"])
+    assert [task.name for task in more.trained_tasks] == ["fever", "trex", "nq"]
+    rows = [task.name for task in config.trained_tasks]
+    for name in ("method.average_TR", "method.mean_TR", "method.updates_T"):
+        assert torch.equal(new[name][0], old[name][rows.index("fever")])
+        assert torch.equal(new[name][2], old[name][rows.index("nq")])
+        assert not new[name][1].any()
+    assert new["method.steps_done"] == 0
+    assert "optimizer.exp_avg" not in new
+    train_worker(second)
+    lines = read_metrics(second.run)
+    assert lines[0]["dev_at_start"].keys() == lines[-1]["tasks"].keys() == {"fever", "nq", "trex"}
+    assert tensors(read_run(second.run).last_uri)["method.updates_T"].tolist() == [16, 8, 16]
+    pooling = "mean" if config.model.pooling == "first" else "first"
+    other = replace(second, run=str(tmp_path / "x"), config=with_values(more, {"model.pooling": pooling}))
+    with pytest.raises(TrainingError, match=r"was trained with model\.pooling"):
+        start_run(other)
+    with pytest.raises(TrainingError, match="was trained on other encoder"):
+        start_run(replace(second, start=read_run(second.run).last_uri))
+
+
 def test_bf16_trains_fp32_weights_to_nearly_the_same_losses(job):
     losses = []
     for precision in ("fp32", "bf16"):

@@ -322,6 +322,23 @@ def _copy_state(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Non
         tensor.copy_(found)
 
 
+def carried(state: Mapping[str, Tensor], before: Sequence[str], after: Sequence[str]) -> dict[str, Tensor]:
+    """A method's state for other tasks: what is kept by task stays with its task, a new task starts from nothing, and
+    the warm-up begins again.
+
+    Args: before, after: the tasks in the order of the rows.
+    """
+    result = {}
+    for name, tensor in state.items():
+        moved = tensor.new_zeros(len(after), *tensor.shape[1:]) if tensor.dim() else torch.zeros_like(tensor)
+        if tensor.dim():
+            for row, task in enumerate(after):
+                if task in before:
+                    moved[row] = tensor[list(before).index(task)]
+        result[name] = moved
+    return result
+
+
 def kept_floats(config: Specialization, tasks: int) -> tuple[int, int]:
     """Floats that a method holds all the time: of each element of a worker's share, and of each row of the model."""
     if config.method == "taco":

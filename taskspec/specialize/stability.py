@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from taskspec.specialize.rows import Rows
+from taskspec.specialize.sensitivity import bias_correction
 
 MEMORY = 0.95
 """Decay of the running moments: about the last twenty steps."""
@@ -87,9 +88,9 @@ class Stability:
 
     def _moments(self) -> tuple[Tensor, Tensor]:
         """Mean and variance over steps, corrected for the start from 0."""
-        filled = 1 - MEMORY ** max(1, int(self.updates_T.min()))
-        mean_TR = self.mean_TR / filled
-        return mean_TR, (self.square_TR / filled - mean_TR.square()).clamp_min_(0)
+        scale_T1 = bias_correction(self.updates_T, MEMORY).to(self.mean_TR)[:, None]
+        mean_TR = self.mean_TR * scale_T1
+        return mean_TR, (self.square_TR * scale_T1 - mean_TR.square()).clamp_min_(0)
 
     def _reliability(self) -> Tensor:
         """(T, G). Means over some twenty steps still hold a little noise, which is taken off what differs between

@@ -24,6 +24,7 @@ from taskspec.config import Config, canonical_sha256, parse_config
 from taskspec.errors import TrainingError
 from taskspec.model.contract import Contract
 from taskspec.model.encoder import Encoder, TextEncoder, load_encoder, save_encoder
+from taskspec.specialize.methods import carried
 
 KIND = "checkpoint"
 STATE_FILE = "training.safetensors"
@@ -87,6 +88,29 @@ def open_training(uri: str, config: Config) -> TrainingState:
     encoder, tokenizer = load_encoder(config.model, artifact.folder)
     tensors = safetensors.torch.load_file(artifact.folder / STATE_FILE)
     return TrainingState(artifact.manifest.facts["step"], encoder, tokenizer, tensors)
+
+
+def open_start(uri: str, config: Config) -> TrainingState:
+    """Opens a checkpoint to train other tasks from: its weights, and what its method kept of the tasks that both have.
+
+    The optimizer, the schedule and the warm-up begin anew.
+    Raises: TrainingError if it makes its embeddings in another way.
+    """
+    artifact = store.open_artifact(uri, KIND, verify=True)
+    contract = Contract.model_validate(artifact.manifest.facts["contract"])
+    for name in ("pooling", "similarity"):
+        theirs, mine = getattr(contract, name), getattr(config.model, name)
+        if theirs != mine:
+            raise TrainingError(f"{uri}: was trained with model.{name} {theirs}, this run has {mine}; take {theirs}")
+    encoder, tokenizer = load_encoder(config.model, artifact.folder)
+    kept = safetensors.torch.load_file(artifact.folder / STATE_FILE)
+    method = parse_config(artifact.manifest.config, uri).specialization.method
+    tensors: dict[str, Tensor] = {}
+    if method == config.specialization.method:
+        state = {name: value for name, value in kept.items() if name.startswith("method.")}
+        tasks = [task.name for task in config.trained_tasks]
+        tensors = carried(state, [task.name for task in contract.tasks], tasks)
+    return TrainingState(0, encoder, tokenizer, tensors)
 
 
 _DECIDES_TRAINING = ("seed", "tasks", "prompts", "model", "contrastive", "mixing", "specialization")

@@ -13,6 +13,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from taskspec import cluster, store
 from taskspec.config import Config, with_values
 from taskspec.data.batches import StepBatches
@@ -20,7 +22,15 @@ from taskspec.data.prepared import PreparedData
 from taskspec.data.stream import stream
 from taskspec.errors import DataError, TaskspecError, TrainingError
 from taskspec.model.encoder import build_encoder, encoder_shapes, load_encoder
-from taskspec.train.checkpoint import Run, add_to_run, encoder_id, open_training, publish_checkpoint, read_run
+from taskspec.train.checkpoint import (
+    Run,
+    add_to_run,
+    encoder_id,
+    open_start,
+    open_training,
+    publish_checkpoint,
+    read_run,
+)
 from taskspec.train.planning import PROBE_STEPS, TrainingPlan, measured, plan_training, summary, write_plan
 from taskspec.train.worker import TrainJob, console_line, make_maker, make_plan, read_metrics, train_worker
 
@@ -35,7 +45,8 @@ def start_run(job: TrainJob) -> Run:
     """
     prepared = PreparedData.open(job.prepared)
     plan = make_plan(job.config, prepared)
-    inputs = {"prepared": prepared.id, "encoder": encoder_id(job.config)}
+    encoder_from = encoder_id(job.config) if job.start is None else store.read_manifest(job.start, "checkpoint").id
+    inputs = {"prepared": prepared.id, "encoder": encoder_from}
     if job.config.contrastive.negatives:
         if job.negatives is None:
             raise DataError(
@@ -57,7 +68,11 @@ def start_run(job: TrainJob) -> Run:
         _try_one_step(job, resumed.tokenizer, resumed.step)
         return run
     model = job.config.model
-    if model.source is not None:
+    state: dict[str, Tensor] = {}
+    if job.start is not None:
+        started = open_start(job.start, job.config)
+        encoder, tokenizer, state = started.encoder, started.tokenizer, started.tensors
+    elif model.source is not None:
         encoder, tokenizer = load_encoder(model, model.source)
     else:
         encoder, tokenizer = build_encoder(model, _tokenizer_texts(prepared, tuple(plan.batch)), job.config.seed)
@@ -69,7 +84,7 @@ def start_run(job: TrainJob) -> Run:
         encoder,
         tokenizer,
         step=0,
-        state={},
+        state=state,
         inputs=inputs,
         dev_accuracy={},
     )

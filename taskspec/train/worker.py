@@ -40,6 +40,8 @@ class TrainJob:
     """URI of the negatives; None where `contrastive.negatives` is 0."""
     run: str
     """URI of the run folder."""
+    start: str | None = None
+    """URI of a checkpoint to start from: its weights, and its sensitivities of the tasks that both have."""
 
 
 Batches = Callable[[TrainJob, Any, int, int, int], Iterator[StepBatches]]
@@ -118,7 +120,7 @@ def train_worker(
     plan = make_plan(config, prepared)
     rank, workers = Collectives().rank, Collectives().workers
     trainer = Trainer(config, resumed.encoder, torch.device(device), task_owners(config, plan, workers))
-    if resumed.step:
+    if resumed.tensors:
         trainer.load(resumed.tensors)
     dev = dev_batches(
         prepared,
