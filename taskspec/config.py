@@ -112,6 +112,9 @@ class Model(Section):
     """`first`: T5's first decoder token, BERT's first token. `mean`: over the encoder's tokens."""
     similarity: Literal["dot", "cosine"] = "dot"
     dropout: float = Field(0.1, ge=0, lt=1)
+    lora: int | None = Field(None, ge=1)
+    """Rank of LoRA matrices that train instead of the encoder itself, which stays frozen; None trains all of it. They
+    want a learning rate some ten times as high."""
     max_passage_tokens: int = Field(160, ge=8)
     """Longest passage in tokens, prompt and special tokens included; its beginning stays."""
 

@@ -20,7 +20,7 @@ from taskspec.config import with_values
 from taskspec.data.prepared import PreparedData
 from taskspec.errors import TrainingError
 from taskspec.train.checkpoint import STATE_FILE, read_run
-from taskspec.train.launch import train
+from taskspec.train.launch import plan, train
 from taskspec.train.worker import TrainJob, read_metrics
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(900)]
@@ -48,8 +48,9 @@ def kill_a_worker_after(job: TrainJob, step: int, killed: list[int]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.parametrize("distribution", ["replicated", "sharded", "task_parallel"])
 def test_a_run_with_a_killed_worker_recovers_by_itself_and_ends_with_the_same_bits(
-    tiny_config, tiny_prepared: PreparedData, tmp_path
+    distribution, tiny_config, tiny_prepared: PreparedData, tmp_path
 ):
     """Two workers, dropout on, a checkpoint every 20 steps; one worker dies between two of them."""
     config = with_values(
@@ -63,6 +64,7 @@ def test_a_run_with_a_killed_worker_recovers_by_itself_and_ends_with_the_same_bi
             "train.checkpoint_every": 20,
             "train.log_every": 1,
             "train.workers": 2,
+            "train.distribution": distribution,
             "train.max_failures": 1,
         },
     )
@@ -94,12 +96,31 @@ def test_a_worker_that_always_fails_ends_the_run_with_its_own_message(tiny_confi
             "contrastive.temperature": 1e-30,
             "train.steps": 3,
             "train.max_failures": 0,
+            "train.max_bad_steps": 0,
             "train.workers": 1,
         },
     )
     job = TrainJob(config, tiny_prepared.artifact.uri, None, str(tmp_path / "run"))
-    with pytest.raises(TrainingError, match=r"step 0: the gradient of .* is not finite; lower train\.learning_rate"):
+    with pytest.raises(TrainingError, match=r"step 0: the gradient of .* is not finite; .* lower train\.learning_rate"):
         train(job)
+
+
+def test_a_plan_tries_steps_and_leaves_only_itself_and_the_run_ends_beside_it(
+    tiny_config, tiny_prepared, tmp_path, capfd
+):
+    values = {"contrastive.negatives": 0, "train.steps": 12, "train.workers": 2, "train.distribution": "sharded"}
+    job = TrainJob(with_values(tiny_config, values), tiny_prepared.artifact.uri, None, str(tmp_path / "run"))
+    found = plan(job)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["plan.json"]
+    assert found.step_seconds is not None
+    assert found.peak is not None
+    assert found.peak > found.held
+    said = capfd.readouterr().out
+    assert "M parameters in" in said
+    assert "s a step in 10 steps" in said
+    done = train(job)
+    assert done.finished
+    assert "planned: " in capfd.readouterr().out
 
 
 def test_a_pipeline_makes_every_stage_once_and_a_second_run_nothing(tiny_config, ray_cluster, tmp_path, capfd):

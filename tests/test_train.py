@@ -14,6 +14,7 @@ from taskspec import store
 from taskspec.config import Config, with_values
 from taskspec.data.prepared import PreparedData
 from taskspec.errors import ArtifactError, ConfigError, DataError, TrainingError
+from taskspec.model.encoder import encoder_shapes
 from taskspec.train.checkpoint import (
     STATE_FILE,
     UNMEASURED,
@@ -71,9 +72,10 @@ def breaking_at(step: int):
     return batches
 
 
-@pytest.mark.parametrize("broken_at", [1, 5, 6])
-def test_a_run_broken_at_any_step_resumes_to_the_same_bits(job, broken_at, tmp_path):
+@pytest.mark.parametrize(("broken_at", "lora"), [(1, None), (5, None), (6, None), (1, 2), (5, 2)])
+def test_a_run_broken_at_any_step_resumes_to_the_same_bits(job, broken_at, lora, tmp_path):
     """Dropout is on, checkpoints are at 3 and 6: a break at 5 goes back to 3."""
+    job = replace(job, config=with_values(job.config, {"model.lora": lora}))
     start_run(job)
     train_worker(job)
     broken = replace(job, run=str(tmp_path / "broken"))
@@ -231,6 +233,28 @@ def test_a_new_task_starts_from_a_checkpoint_whose_other_tasks_keep_their_sensit
         start_run(other)
     with pytest.raises(TrainingError, match="was trained on other encoder"):
         start_run(replace(second, start=read_run(second.run).last_uri))
+
+
+def test_lora_trains_a_small_part_and_its_checkpoint_is_a_plain_encoder(job):
+    config = with_values(job.config, {"model.lora": 2, "train.learning_rate": 0.01, "model.dropout": 0.0})
+    start_run(one := replace(job, config=config))
+    base = tensors(store.join(job.run, "base"))
+    train_worker(one)
+    run = read_run(job.run)
+    assert run is not None
+    resumed = open_training(run.last_uri, config)
+    trainer = Trainer(config, resumed.encoder, torch.device("cpu"))
+    whole = sum(value.numel() for name, value in base.items())
+    assert trainer.flat.size < 0.2 * whole  # a tiny encoder: most of a real one is larger matrices
+    assert sum(math.prod(shape) for shape in encoder_shapes(config.model)) == trainer.flat.size
+    ended = tensors(run.last_uri)
+    assert torch.equal(ended["shared.weight"], base["shared.weight"])
+    changed = {name.split(".")[-2] for name, value in base.items() if not torch.equal(value, ended[name])}
+    assert changed == {"q", "k", "v", "o", "wi", "wo"}
+    tokens = {"ids_BL": torch.arange(1, 9)[None], "mask_BL": torch.ones(1, 8, dtype=torch.int64)}
+    served = open_encoder(run.last_uri).encoder
+    assert not [name for name, _ in served.named_parameters() if "lora" in name]
+    torch.testing.assert_close(served(**tokens), resumed.encoder.eval()(**tokens), rtol=1e-4, atol=1e-5)
 
 
 def test_bf16_trains_fp32_weights_to_nearly_the_same_losses(job):

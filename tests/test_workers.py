@@ -14,6 +14,7 @@ from taskspec.data.plan import Plan
 from taskspec.data.prepared import PreparedData
 from taskspec.errors import TrainingError
 from taskspec.model.encoder import build_encoder, text_tokenizer
+from taskspec.model.lora import add_lora
 from taskspec.negatives.bm25 import mine_bm25
 from taskspec.specialize import gradients
 from taskspec.specialize.collectives import Collectives
@@ -52,6 +53,8 @@ class Bench:
         self.encoder, tokenizer = build_encoder(config.model, texts, seed=seed)
         plan = Plan(0, {task: len(prepared.queries(task, "train")) for task in SIZES}, SIZES)
         owners = task_owners(config, plan, self.workers)
+        if config.model.lora:
+            add_lora(self.encoder, config.model.lora, seed)
         if config.model.dropout == 0:
             self.encoder.double()
         self.trainer = Trainer(config, self.encoder, torch.device("cpu"), owners)
@@ -129,6 +132,7 @@ CASES += [("taco", "sharded", 2, {"model.pooling": "first"})]
 CASES += [("taco", name, 2, {"train.chunk_texts": 2}) for name in DISTRIBUTIONS]
 CASES += [("taco", "sharded", 2, {"train.gradient_checkpointing": True, "specialization.decay": 0.9})]
 CASES += [(method, "sharded", 2, {}) for method in ("pcgrad", "cgd", "gradnorm")]
+CASES += [("taco", name, 2, {"model.lora": 2}) for name in ("replicated", "sharded")]
 CASES += [("pcgrad", "replicated", 2, {}), ("gradnorm", "task_parallel", 2, {})]
 ROUNDING_ONLY = ("train.chunk_texts", "train.gradient_checkpointing")
 

@@ -147,6 +147,10 @@ def encoder_shapes(model: Model) -> Shapes:
                 transformer: Any = T5Model(config) if model.pooling == "first" else T5EncoderModel(config)
             else:
                 transformer = AutoModel.from_config(config, **_NO_POOLER)
+            if model.lora is not None:
+                from taskspec.model.lora import add_lora
+
+                add_lora(Encoder(transformer, model.pooling, model.similarity), model.lora, seed=0)
     except (OSError, ValueError, TypeError, KeyError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ConfigError(f"model.source {model.source}: no T5 or BERT-like encoder: {first_line}") from error

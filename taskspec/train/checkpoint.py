@@ -24,10 +24,15 @@ from taskspec.config import Config, canonical_sha256, parse_config
 from taskspec.errors import TrainingError
 from taskspec.model.contract import Contract
 from taskspec.model.encoder import Encoder, TextEncoder, load_encoder, save_encoder
+from taskspec.model.lora import adapters, add_lora, load_adapters, merged
 from taskspec.specialize.methods import carried
 
 KIND = "checkpoint"
 STATE_FILE = "training.safetensors"
+ADAPTER = "adapter."
+"""What names of LoRA matrices begin with in the state file."""
+BASE = "base"
+"""Folder of a run with LoRA: the frozen encoder, as a checkpoint."""
 
 
 def publish_checkpoint(
@@ -44,12 +49,17 @@ def publish_checkpoint(
     """Writes one checkpoint. Args: inputs: ids of prepared data and negatives. Returns: its contract."""
     facts: dict[str, Any] = {"step": step, "dev_accuracy": dict(dev_accuracy)}
     with store.publishing(uri, KIND, inputs=inputs, config=config.model_dump(mode="json"), facts=facts) as folder:
-        contract = save_encoder(config, encoder, tokenizer, folder)
-        tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+        trains = {f"{ADAPTER}{name}": value for name, value in adapters(encoder).items()} if _has_lora(encoder) else {}
+        contract = save_encoder(config, merged(encoder) if trains else encoder, tokenizer, folder)
+        tensors = {name: value.detach().cpu().contiguous() for name, value in {**state, **trains}.items()}
         safetensors.torch.save_file(tensors, folder / STATE_FILE)
         facts["contract"] = contract.model_dump(mode="json")
         facts["fingerprint"] = contract.fingerprint
     return contract
+
+
+def _has_lora(encoder: Encoder) -> bool:
+    return not all(parameter.requires_grad for parameter in encoder.parameters())
 
 
 def read_contract(uri: str) -> Contract:
@@ -85,8 +95,16 @@ def open_training(uri: str, config: Config) -> TrainingState:
             f"{uri}: was trained with other values of {', '.join(changed)}; "
             f"take them back, or start in a new folder with --out"
         )
-    encoder, tokenizer = load_encoder(config.model, artifact.folder)
     tensors = safetensors.torch.load_file(artifact.folder / STATE_FILE)
+    trained = {name: tensors.pop(name) for name in list(tensors) if name.startswith(ADAPTER)}
+    if config.model.lora is None:
+        encoder, tokenizer = load_encoder(config.model, artifact.folder)
+    else:
+        base = store.open_artifact(store.join(uri.rstrip("/").rpartition("/")[0], BASE), KIND, verify=True)
+        encoder, tokenizer = load_encoder(config.model, base.folder)
+        add_lora(encoder, config.model.lora, config.seed)
+        if trained:
+            load_adapters(encoder, {name.removeprefix(ADAPTER): value for name, value in trained.items()})
     return TrainingState(artifact.manifest.facts["step"], encoder, tokenizer, tensors)
 
 

@@ -23,6 +23,7 @@ from taskspec.data.stream import stream
 from taskspec.errors import DataError, TaskspecError, TrainingError
 from taskspec.model.encoder import build_encoder, encoder_shapes, load_encoder
 from taskspec.train.checkpoint import (
+    BASE,
     Run,
     add_to_run,
     encoder_id,
@@ -78,16 +79,17 @@ def start_run(job: TrainJob) -> Run:
         encoder, tokenizer = build_encoder(model, _tokenizer_texts(prepared, tuple(plan.batch)), job.config.seed)
     _try_one_step(job, tokenizer, 0)
     folder = "step-00000000"
-    publish_checkpoint(
-        store.join(job.run, folder),
-        job.config,
-        encoder,
-        tokenizer,
-        step=0,
-        state=state,
-        inputs=inputs,
-        dev_accuracy={},
-    )
+    for name in (BASE, folder) if model.lora else (folder,):
+        publish_checkpoint(
+            store.join(job.run, name),
+            job.config,
+            encoder,
+            tokenizer,
+            step=0,
+            state=state,
+            inputs=inputs,
+            dev_accuracy={},
+        )
     return add_to_run(None, job.run, folder, None, finished=job.config.train.steps == 0)
 
 
