@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from jobs import cli
 from taskspec.config import Config, with_values
 from taskspec.errors import TaskspecError
+
+if TYPE_CHECKING:
+    from taskspec.retrieve.client import Answer
 
 PAGES = 1500
 SYSTEMS: dict[str, dict[str, Any]] = {
@@ -59,6 +60,7 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from taskspec.data.prepared import PreparedData
     from taskspec.data.world import write_world
     from taskspec.evaluate.report import sample_answers, write_report
+    from taskspec.retrieve.client import Client
     from taskspec.train.worker import read_metrics
 
     write_world(world, pages=arguments.pages, seed=0)
@@ -81,9 +83,10 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     stage(f"serve {SERVED} and ask one question per task")
     settings = write_serve_config(config, served.checkpoint, served.index)
-    with serving(settings) as url:
+    with serving(settings) as url, Client(url, timeout_s=60) as client:
         for sample in samples:
-            print(answer_text(sample.task, sample.query, set(sample.gold_pages), ask(url, sample.task, sample.query)))
+            (answer,) = client.retrieve(sample.query, sample.task, top_k=1)
+            print(answer_text(sample.task, sample.query, set(sample.gold_pages), answer))
 
     stage("pages found for the dev queries (* above: a gold page came first)")
     print(f"\n{result.table.to_text()}\n\nreport:      {report}")
@@ -143,24 +146,12 @@ def _wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path) -> N
     raise TaskspecError(f"{url}: the server did not become ready within {START_TIMEOUT_S} s; {log}: {tail}")
 
 
-def ask(url: str, task: str, query: str) -> dict[str, Any]:
-    """One `POST /retrieve`. Raises: TaskspecError with the server's message."""
-    body = json.dumps({"query": query, "task": task, "top_k": 1}).encode()
-    request = urllib.request.Request(f"{url}/retrieve", body, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            answer: dict[str, Any] = json.load(response)
-            return answer
-    except urllib.error.HTTPError as error:
-        raise TaskspecError(f"{url}/retrieve: {error.read().decode(errors='replace')}") from error
-
-
-def answer_text(task: str, query: str, gold: set[str], answer: dict[str, Any]) -> str:
+def answer_text(task: str, query: str, gold: set[str], answer: Answer) -> str:
     """One line: task, the end of the query, the first page; a star if it is a gold page."""
-    hit = answer["data"][0]["hits"][0]
+    hit = answer.hits[0]
     line = " / ".join(query.split("\n"))
     short = line if len(line) <= 70 else "…" + line[-69:]
-    return f"  {task:10} {short:70} → {'*' if hit['wikipedia_id'] in gold else ' '} {hit['title']}"
+    return f"  {task:10} {short:70} → {'*' if hit.wikipedia_id in gold else ' '} {hit.title}"
 
 
 def _command(name: str) -> str:

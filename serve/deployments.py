@@ -19,7 +19,8 @@ import torch
 from ray import serve
 
 from serve.schema import ServeArgs
-from taskspec.retrieve.retriever import Hit, Level, Retriever
+from taskspec.retrieve.hits import Hit, Level
+from taskspec.retrieve.retriever import Retriever
 
 Key = TypeVar("Key", bound=Hashable)
 

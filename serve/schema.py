@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from taskspec.config import Section
 from taskspec.model.contract import ContractTask
-from taskspec.retrieve.retriever import Level
+from taskspec.retrieve.hits import Level
 
 MAX_TOP_K = 1000
 """Most hits per query that a request may ask for."""

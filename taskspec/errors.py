@@ -8,7 +8,8 @@
     ├── ContractError    checkpoint and index (or request) that do not belong together
     ├── PlacementError   the cluster cannot hold the job
     ├── TrainingError    a run that cannot go on: a loss that is not finite, a state that does not fit
-    └── RequestError     a query that the retriever cannot answer: unknown task, top_k out of range
+    ├── RequestError     a query that the retriever cannot answer: unknown task, top_k out of range
+    └── EndpointError    what a client got from the endpoint, or did not get in time
 
 A message says where, which rule, what value, and the way out. Errors are caught at the edge: a job ends with
 one line and status 2, the server maps them to a status code.
@@ -56,3 +57,23 @@ class RequestError(TaskspecError):
     def __init__(self, message: str, param: str) -> None:
         super().__init__(message)
         self.param = param
+
+
+class EndpointError(TaskspecError):
+    """The endpoint refused a request, or did not answer it in time.
+
+    Attributes: status: of the last answer, None if there was none. type, param, code, request_id: as it has them.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        type: str | None = None,
+        param: str | None = None,
+        code: str | None = None,
+        request_id: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.type, self.param, self.code, self.request_id = status, type, param, code, request_id

@@ -29,7 +29,7 @@ from taskspec.evaluate.run import (
     score_files,
     trec_lines,
 )
-from taskspec.retrieve.retriever import Hit
+from taskspec.retrieve.hits import Hit
 
 WORDS = ("red", "green", "blue", "gold", "gray")
 PAGES = {"1": "red", "2": "green", "3": "blue gold", "4": "gold", "5": "gray red"}

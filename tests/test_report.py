@@ -14,7 +14,7 @@ from taskspec.config import Config, parse_config
 from taskspec.evaluate.page import versions
 from taskspec.evaluate.report import SampleAnswer, sample_answers, write_report
 from taskspec.evaluate.run import EvaluationTable, TaskScores
-from taskspec.retrieve.retriever import Hit
+from taskspec.retrieve.hits import Hit
 
 PNG = b"\x89PNG\r\n\x1a\n"
 EVIL = '<script>alert("x")</script>'

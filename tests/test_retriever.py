@@ -14,7 +14,8 @@ from taskspec.errors import ArtifactError, ContractError, RequestError
 from taskspec.index.manifest import IndexManifest, ShardFile
 from taskspec.index.shard import Shard
 from taskspec.model.contract import Contract, ContractTask
-from taskspec.retrieve.retriever import Hit, Retriever
+from taskspec.retrieve.hits import Hit
+from taskspec.retrieve.retriever import Retriever
 
 WORDS = ("moon", "ice", "ring", "dust")
 PASSAGES = (  # passage id, page row, title, text

@@ -25,7 +25,8 @@ from taskspec.evaluate.run import EvaluationTable
 
 if TYPE_CHECKING:
     from taskspec.data.prepared import PreparedData
-    from taskspec.retrieve.retriever import Hit, Searcher
+    from taskspec.retrieve.hits import Hit
+    from taskspec.retrieve.retriever import Searcher
 
 MetricsLine = Mapping[str, Any]
 """One line of a run's metrics, as `train.worker.read_metrics` returns them."""

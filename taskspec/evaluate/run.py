@@ -27,7 +27,8 @@ from taskspec.evaluate.metrics import RPREC, average, query_metrics
 
 if TYPE_CHECKING:
     from taskspec.data.prepared import PreparedData
-    from taskspec.retrieve.retriever import Hit, Searcher
+    from taskspec.retrieve.hits import Hit
+    from taskspec.retrieve.retriever import Searcher
 
 KIND = "evaluation"
 TABLE_FILE = "table.json"

@@ -23,8 +23,9 @@ from taskspec import store
 from taskspec.config import Config
 from taskspec.data.prepared import PreparedData
 from taskspec.data.rows import RowStore
+from taskspec.retrieve.hits import Hit, Level
 from taskspec.retrieve.pages import Ranking, search_pages
-from taskspec.retrieve.retriever import Hit, Level, check_request
+from taskspec.retrieve.retriever import check_request
 
 KIND = "negatives"
 RULE = "bm25"

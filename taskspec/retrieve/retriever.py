@@ -7,8 +7,7 @@ network and no batching of concurrent requests here: serving puts those around `
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -18,25 +17,8 @@ from taskspec.errors import RequestError
 from taskspec.index.manifest import KIND, PASSAGES_FILE, IndexManifest
 from taskspec.index.shard import Shard, merge_top_k
 from taskspec.model.contract import Contract, ContractTask
+from taskspec.retrieve.hits import Hit, Level
 from taskspec.retrieve.pages import Ranking, search_pages
-
-Level = Literal["page", "passage"]
-
-
-@dataclass(frozen=True, slots=True)
-class Hit:
-    """One result of a query."""
-
-    rank: int
-    """From 1, best first."""
-    id: str
-    """Passage id, or the page's wikipedia id at page level."""
-    score: float
-    """The passage's score; at page level that of the page's best passage."""
-    wikipedia_id: str
-    title: str
-    text: str | None
-    """The passage (at page level the page's best one) where texts were asked for."""
 
 
 class Searcher(Protocol):

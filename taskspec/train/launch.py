@@ -33,7 +33,7 @@ from taskspec.train.checkpoint import (
     read_run,
 )
 from taskspec.train.planning import PROBE_STEPS, TrainingPlan, measured, plan_training, summary, write_plan
-from taskspec.train.worker import TrainJob, console_line, make_maker, make_plan, read_metrics, train_worker
+from taskspec.train.worker import Batches, TrainJob, console_line, make_maker, make_plan, read_metrics, train_worker
 
 TOKENIZER_TEXTS = 200_000
 """At most so many passages, evenly spaced, train a tokenizer; all train queries do as well, up to as many a task."""
@@ -133,7 +133,7 @@ def train(job: TrainJob) -> Run:
     progress = threading.Thread(target=_show_progress, args=(job, stop), daemon=True)
     progress.start()
     try:
-        _fit(job)
+        fit(job)
     finally:
         stop.set()
         progress.join()
@@ -164,7 +164,7 @@ def plan(job: TrainJob) -> TrainingPlan:
     )
     try:
         start_run(tried)
-        _fit(tried)
+        fit(tried)
         planned = measured(planned, read_metrics(tried.run))
     finally:
         store.remove(tried.run)
@@ -183,7 +183,17 @@ def require_cpus(config: Config) -> None:
     )
 
 
-def _fit(job: TrainJob) -> None:
+def stream_batches(job: TrainJob, tokenizer: Any, rank: int, workers: int, start: int) -> Iterator[StepBatches]:
+    """A worker's batches from a step on, by Ray Data."""
+    tasks = tuple(task.name for task in job.config.trained_tasks)
+    return stream(partial(make_maker, job, tokenizer, rank, workers), tasks, start, job.config.train.steps)
+
+
+def fit(job: TrainJob, batches: Batches = stream_batches) -> None:
+    """Runs the workers from the run's last checkpoint to its last step, and says nothing.
+
+    Raises: TrainingError with the worker's own message if they fail more than `train.max_failures` times.
+    """
     import ray.train
     from ray.train.torch import TorchTrainer
 
@@ -192,7 +202,7 @@ def _fit(job: TrainJob) -> None:
     storage = store.join(job.run, "ray")
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"job": job},
+        train_loop_config={"job": job, "batches": batches},
         scaling_config=ray.train.ScalingConfig(num_workers=config.workers, use_gpu=config.gpu),
         run_config=ray.train.RunConfig(
             name=uuid.uuid4().hex,  # under the name of an earlier start, Ray would go on from that one's state
@@ -240,16 +250,11 @@ def _worker(settings: dict[str, Any]) -> None:
 
     train_worker(
         settings["job"],
-        batches=_ray_batches,
+        batches=settings["batches"],
         barrier=ray.train.report,
         device=str(ray.train.torch.get_device()),
         local_workers=ray.train.get_context().get_local_world_size(),
     )
-
-
-def _ray_batches(job: TrainJob, tokenizer: Any, rank: int, workers: int, start: int) -> Iterator[StepBatches]:
-    tasks = tuple(task.name for task in job.config.trained_tasks)
-    return stream(partial(make_maker, job, tokenizer, rank, workers), tasks, start, job.config.train.steps)
 
 
 def _show_progress(job: TrainJob, stop: threading.Event) -> None:

@@ -1,0 +1,282 @@
+"""Asks the endpoint of `serve/`, and keeps asking where that is right: for programs, sync and async.
+
+    with Client("http://localhost:8000") as client:
+        answer, = client.retrieve("who wrote Faust", task="nq", top_k=3)
+
+Path: HTTP → [here] → hits.  What is asked here only reads, so a request that was lost or refused for the moment (429,
+502, 503, a broken connection) is sent again, after the time that the server asks for (Retry-After) or, if it asks for
+none, after a random time that doubles. A deadline bounds all of it. What a request got wrong is never sent again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import json
+import random
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from taskspec.errors import EndpointError
+from taskspec.retrieve.hits import Hit, Level
+
+SENT_AGAIN = (429, 502, 503)
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the endpoint found for one query."""
+
+    query: str
+    truncated: bool
+    """Whether the query was longer than its task allows and was cut."""
+    hits: tuple[Hit, ...]
+    index_version: str
+
+
+class Client:
+    """One connection pool to an endpoint; may be shared by threads."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float = 30.0,
+        concurrency: int = 8,
+        batch_size: int = 64,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Args: timeout_s: of one call, whatever is sent again in it. concurrency: requests under way at a time, of all
+        threads; others wait for their turn, inside their deadlines. batch_size: queries of a request; a longer list is
+        sent as several.
+        """
+        self._timeout_s, self._batch_size = timeout_s, batch_size
+        self._http = httpx.Client(base_url=url, headers=headers, timeout=None, limits=_limits(concurrency))
+        self._turn = threading.BoundedSemaphore(concurrency)
+
+    def retrieve(
+        self, query: str | Sequence[str], task: str, *, top_k: int = 10, level: Level = "page", with_text: bool = False
+    ) -> list[Answer]:
+        """The hits of a query, or of each of several. Raises: EndpointError."""
+        deadline = time.monotonic() + self._timeout_s
+        answers = []
+        for body in _bodies(query, self._batch_size, task=task, top_k=top_k, level=level, with_text=with_text):
+            answers += _answers(self._call("POST", "/retrieve", deadline, json=body))
+        return answers
+
+    def tasks(self) -> dict[str, Any]:
+        """What `GET /tasks` says. Raises: EndpointError."""
+        answer: dict[str, Any] = self._call("GET", "/tasks", time.monotonic() + self._timeout_s)
+        return answer
+
+    def _call(self, method: str, path: str, deadline: float, **content: Any) -> Any:
+        attempts = _Attempts(f"{method} {self._http.base_url.join(path)}", deadline)
+        for left_s in attempts:
+            if not self._turn.acquire(timeout=left_s):
+                raise attempts.late("waiting for its turn")
+            try:
+                with self._http.stream(method, path, timeout=attempts.left(), **content) as response:
+                    body = bytearray()
+                    for chunk in response.iter_bytes():
+                        body += chunk
+                        if not attempts.left():  # httpx limits the time between two chunks only
+                            raise attempts.late("its answer came too slowly")
+                if attempts.done(response.status_code, response.headers, bytes(body)):
+                    return json.loads(body)
+            except httpx.TransportError as error:
+                attempts.failed(error)
+            finally:
+                self._turn.release()
+            time.sleep(attempts.wait())
+        raise attempts.late("")
+
+    def close(self) -> None:
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AsyncClient:
+    """The same for asyncio: a list of queries goes out in requests at the same time."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float = 30.0,
+        concurrency: int = 8,
+        batch_size: int = 64,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Args: as those of `Client`."""
+        self._timeout_s, self._batch_size = timeout_s, batch_size
+        self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=None, limits=_limits(concurrency))
+        self._turn = asyncio.Semaphore(concurrency)
+
+    async def retrieve(
+        self, query: str | Sequence[str], task: str, *, top_k: int = 10, level: Level = "page", with_text: bool = False
+    ) -> list[Answer]:
+        """The hits of a query, or of each of several. Raises: EndpointError."""
+        deadline = time.monotonic() + self._timeout_s
+        bodies = _bodies(query, self._batch_size, task=task, top_k=top_k, level=level, with_text=with_text)
+        async with asyncio.TaskGroup() as group:
+            calls = [group.create_task(self._quietly("POST", "/retrieve", deadline, json=body)) for body in bodies]
+        answers = []
+        for call in calls:
+            result = call.result()
+            if isinstance(result, EndpointError):
+                raise result
+            answers += _answers(result)
+        return answers
+
+    async def tasks(self) -> dict[str, Any]:
+        """What `GET /tasks` says. Raises: EndpointError."""
+        answer: dict[str, Any] = await self._call("GET", "/tasks", time.monotonic() + self._timeout_s)
+        return answer
+
+    async def _quietly(self, method: str, path: str, deadline: float, **content: Any) -> Any:
+        """An error as a value: a TaskGroup would wrap it in a group of errors."""
+        try:
+            return await self._call(method, path, deadline, **content)
+        except EndpointError as error:
+            return error
+
+    async def _call(self, method: str, path: str, deadline: float, **content: Any) -> Any:
+        attempts = _Attempts(f"{method} {self._http.base_url.join(path)}", deadline)
+        for left_s in attempts:
+            try:
+                await asyncio.wait_for(self._turn.acquire(), left_s)
+            except TimeoutError as error:
+                raise attempts.late("waiting for its turn") from error
+            try:
+                async with asyncio.timeout(attempts.left()):  # httpx limits the time between two chunks only
+                    response = await self._http.request(method, path, timeout=None, **content)
+                if attempts.done(response.status_code, response.headers, response.content):
+                    return response.json()
+            except httpx.TransportError as error:
+                attempts.failed(error)
+            except TimeoutError as error:
+                raise attempts.late("its answer came too slowly") from error
+            finally:
+                self._turn.release()
+            await asyncio.sleep(attempts.wait())
+        raise attempts.late("")
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+class _Attempts:
+    """Whether and when a request is sent again; knows no network, so sync and async share it."""
+
+    def __init__(self, what: str, deadline: float) -> None:
+        self._what, self._deadline = what, deadline
+        self._sent = 0
+        self._asked_s: float | None = None
+        self._last: EndpointError | None = None
+
+    def __iter__(self) -> Iterator[float]:
+        """Seconds left for each attempt, as long as there are some."""
+        while (left_s := self.left()) > 0:
+            yield left_s
+
+    def left(self) -> float:
+        return max(0.0, self._deadline - time.monotonic())
+
+    def done(self, status: int, headers: Mapping[str, str], body: bytes) -> bool:
+        """Whether the answer is there. Raises: EndpointError if another attempt would not help."""
+        self._sent += 1
+        if 200 <= status < 300:
+            return True
+        self._last = _error(self._what, status, body)
+        if status not in SENT_AGAIN:
+            raise self._last
+        self._asked_s = _retry_after(headers.get("retry-after", ""))
+        return False
+
+    def failed(self, error: httpx.TransportError) -> None:
+        self._sent += 1
+        self._asked_s = None
+        reason = f"{type(error).__name__} {error}".strip()
+        self._last = EndpointError(f"{self._what}: {reason}; is the endpoint there, and its address right?")
+
+    def wait(self) -> float:
+        """Seconds until the next attempt. Raises: EndpointError if the deadline comes before it."""
+        longest_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (self._sent - 1))
+        wait_s = random.uniform(0, longest_s) if self._asked_s is None else self._asked_s
+        if wait_s >= self.left():
+            raise self.late(f"the next attempt would be in {wait_s:.1f} s")
+        return wait_s
+
+    def late(self, why: str) -> EndpointError:
+        """The error of a deadline, with what the last attempt met."""
+        last = self._last
+        parts = [f"{self._what}: no answer in time after {self._sent} attempt(s)", why, str(last) if last else ""]
+        text = "; ".join(filter(None, parts))
+        if last is None:
+            return EndpointError(text)
+        return EndpointError(
+            text, status=last.status, type=last.type, param=last.param, code=last.code, request_id=last.request_id
+        )
+
+
+def _limits(concurrency: int) -> httpx.Limits:
+    return httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+
+
+def _bodies(query: str | Sequence[str], size: int, **fields: Any) -> list[dict[str, Any]]:
+    queries = [query] if isinstance(query, str) else list(query)
+    return [{"query": queries[first : first + size], **fields} for first in range(0, len(queries), size)]
+
+
+def _answers(body: Mapping[str, Any]) -> list[Answer]:
+    return [
+        Answer(one["query"], one["truncated"], tuple(Hit(**hit) for hit in one["hits"]), body["index"]["version"])
+        for one in body["data"]
+    ]
+
+
+def _retry_after(text: str) -> float | None:
+    """Seconds that the server asks for, as a number or a date (RFC 9110, 10.2.3); None if it does not."""
+    try:
+        return max(0.0, float(text))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+def _error(what: str, status: int, body: bytes) -> EndpointError:
+    """From the endpoint's own shape, or from whatever a proxy before it answers with."""
+    try:
+        tree = json.loads(body)
+        said = tree["error"]
+        fields = {name: said.get(name) for name in ("type", "param", "code")}
+        message = f"{what}: {status}: {said['message']}"
+        return EndpointError(message, status=status, request_id=tree.get("request_id"), **fields)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        text = " ".join(body.decode(errors="replace").split())[:200]
+        return EndpointError(f"{what}: {status}: {text}", status=status)

@@ -1,0 +1,220 @@
+"""The client against a real HTTP server on loopback that is told how to misbehave."""
+
+import asyncio
+import contextlib
+import email.utils
+import json
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from taskspec.errors import EndpointError
+from taskspec.retrieve.client import Answer, AsyncClient, Client
+from taskspec.retrieve.hits import Hit
+
+HIT = {"rank": 1, "id": "7", "score": 0.5, "wikipedia_id": "7", "title": "Ceres", "text": None}
+
+
+def answer(query: str) -> dict[str, Any]:
+    return {"query": query, "truncated": False, "hits": [HIT]}
+
+
+class Server(ThreadingHTTPServer):
+    """Answers as `POST /retrieve` does once its list of (status, headers, body) is used up."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.before: list[tuple[int, dict[str, str], bytes]] = []
+        self.requests: list[dict[str, Any]] = []
+        self.at_once = self.most_at_once = 0
+        self.lock = threading.Lock()
+        self.pause_s = self.drip_s = 0.0
+        self.hang_up = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        with self.server.lock:
+            self.server.requests.append(body | {"_key": self.headers.get("authorization")})
+            self.server.at_once += 1
+            self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
+            hang_up = self.server.hang_up > 0
+            self.server.hang_up -= hang_up
+            given = self.server.before.pop(0) if self.server.before and not hang_up else None
+        time.sleep(self.server.pause_s)
+        with self.server.lock:
+            self.server.at_once -= 1
+        if hang_up:
+            self.close_connection = True
+            return
+        if given is None:
+            data = [answer(query) for query in body["query"]]
+            given = 200, {}, json.dumps({"index": {"version": "v1"}, "data": data}).encode()
+        status, headers, content = given
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        with contextlib.suppress(OSError):  # a client that has left
+            for number in range(len(content) if self.server.drip_s else 1):
+                self.wfile.write(content[number : number + 1] if self.server.drip_s else content)
+                time.sleep(self.server.drip_s)
+
+    def finish(self) -> None:
+        with contextlib.suppress(OSError):  # a client that has left
+            super().finish()
+
+    def log_message(self, *arguments: object) -> None:
+        return
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def sync(url: str, call: Callable[[Any], Any], **settings: Any) -> Any:
+    with Client(url, **settings) as client:
+        return call(client)
+
+
+def asynchronous(url: str, call: Callable[[Any], Any], **settings: Any) -> Any:
+    async def run() -> Any:
+        async with AsyncClient(url, **settings) as client:
+            return await call(client)
+
+    return asyncio.run(run())
+
+
+@pytest.fixture(params=[sync, asynchronous])
+def ask(request) -> Callable[..., Any]:
+    return request.param
+
+
+def refusal(status: int, headers: dict[str, str] | None = None, **error: Any) -> tuple[int, dict[str, str], bytes]:
+    body = {"error": {"message": "no", "type": "overloaded", "param": None, "code": "full"} | error, "request_id": "r1"}
+    return status, headers or {}, json.dumps(body).encode()
+
+
+def test_a_query_gets_its_hits(server, ask):
+    (found,) = ask(
+        server.url, lambda client: client.retrieve("who", "nq", top_k=3), headers={"authorization": "Bearer k"}
+    )
+    assert found == Answer("who", False, (Hit(**HIT),), "v1")
+    assert server.requests == [
+        {"query": ["who"], "task": "nq", "top_k": 3, "level": "page", "with_text": False, "_key": "Bearer k"}
+    ]
+
+
+def test_a_long_list_goes_out_in_parts_and_comes_back_in_order(server, ask):
+    queries = [f"q{number}" for number in range(10)]
+    found = ask(server.url, lambda client: client.retrieve(queries, "nq"), batch_size=4)
+    assert [one.query for one in found] == queries
+    assert sorted(len(request["query"]) for request in server.requests) == [2, 4, 4]
+    assert ask(server.url, lambda client: client.retrieve([], "nq")) == []
+
+
+def test_no_more_requests_are_under_way_than_allowed(server):
+    server.pause_s = 0.05
+    asynchronous(server.url, lambda client: client.retrieve(["q"] * 12, "nq"), batch_size=1, concurrency=3)
+    assert server.most_at_once == 3
+    server.most_at_once = 0
+    with Client(server.url, concurrency=2) as client:
+        threads = [threading.Thread(target=client.retrieve, args=("q", "nq")) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert server.most_at_once == 2
+
+
+@pytest.mark.parametrize("status", [429, 502, 503])
+def test_what_is_refused_for_the_moment_is_sent_again(server, ask, status):
+    server.before = [refusal(status), refusal(status)]
+    assert len(ask(server.url, lambda client: client.retrieve("who", "nq"))) == 1
+    assert len(server.requests) == 3
+
+
+def test_a_broken_connection_is_tried_again(server, ask):
+    server.hang_up = 2
+    assert len(ask(server.url, lambda client: client.retrieve("who", "nq"))) == 1
+    assert len(server.requests) == 3
+
+
+def test_the_time_that_the_server_asks_for_is_waited(server, ask):
+    server.before = [refusal(429, {"retry-after": "0.4"})]
+    started = time.monotonic()
+    ask(server.url, lambda client: client.retrieve("who", "nq"))
+    assert time.monotonic() - started >= 0.4
+    date = email.utils.formatdate(time.time() + 3600, usegmt=True)
+    server.before = [refusal(503, {"retry-after": date})]
+    with pytest.raises(EndpointError, match=r"after 1 attempt\(s\); the next .* in 3[56]\d\d\.\d s; .* 503"):
+        ask(server.url, lambda client: client.retrieve("who", "nq"))
+
+
+def test_what_a_request_got_wrong_is_not_sent_again(server, ask):
+    server.before = [refusal(422, message="unknown task", type="invalid_request", param="task", code="invalid_task")]
+    with pytest.raises(EndpointError, match=r"POST http://.*/retrieve: 422: unknown task") as caught:
+        ask(server.url, lambda client: client.retrieve("who", "none"))
+    error = caught.value
+    assert (error.status, error.type, error.param, error.code) == (422, "invalid_request", "task", "invalid_task")
+    assert error.request_id == "r1"
+    assert len(server.requests) == 1
+
+
+def test_a_proxy_s_page_is_an_error_too(server, ask):
+    server.before = [(403, {}, b"<html>\nForbidden</html>")]
+    with pytest.raises(EndpointError, match="403: <html> Forbidden</html>") as caught:
+        ask(server.url, lambda client: client.retrieve("who", "nq"))
+    assert (caught.value.status, caught.value.code) == (403, None)
+
+
+@pytest.mark.parametrize(("slow", "why"), [({"pause_s": 5.0}, ""), ({"drip_s": 0.05}, "came too slowly")])
+def test_a_deadline_bounds_a_slow_answer(server, ask, slow, why):
+    for name, value in slow.items():
+        setattr(server, name, value)
+    started = time.monotonic()
+    with pytest.raises(EndpointError, match=f"no answer in time after .*{why}"):
+        ask(server.url, lambda client: client.retrieve("who", "nq"), timeout_s=0.5)
+    assert time.monotonic() - started < 4
+
+
+def test_a_deadline_bounds_the_wait_for_a_turn(server):
+    with Client(server.url, concurrency=1, timeout_s=0.2) as client, client._turn:
+        with pytest.raises(EndpointError, match=r"after 0 attempt\(s\); waiting for its turn"):
+            client.retrieve("who", "nq")
+        assert server.requests == []
+
+    async def run() -> None:
+        async with AsyncClient(server.url, concurrency=1, timeout_s=0.2) as client, client._turn:
+            with pytest.raises(EndpointError, match=r"after 0 attempt\(s\); waiting for its turn"):
+                await client.retrieve("who", "nq")
+
+    asyncio.run(run())
+    assert server.requests == []
+
+
+def test_an_endpoint_that_is_not_there_is_named(ask):
+    with pytest.raises(EndpointError, match=r"/retrieve: no answer in time.*is the endpoint there") as caught:
+        ask("http://127.0.0.1:9", lambda client: client.retrieve("who", "nq"), timeout_s=0.5)
+    assert caught.value.status is None
