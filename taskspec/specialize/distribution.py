@@ -116,14 +116,31 @@ class Replicated:
             self._gradient(_all(batches)[0])
 
 
-class Sharded:
-    """Every worker holds a slice. Two gradients: one is on its way while the next task's is computed."""
+class _Slices:
+    """Every worker holds a slice. Two gradients: one is on its way while the next is computed."""
 
     def __init__(self, task_loss: TaskLoss, flat: FlatParameters, collectives: Collectives) -> None:
         self._task_loss, self._flat, self._collectives = task_loss, flat, collectives
         self._grads = [torch.zeros_like(flat.theta_P) for _ in range(2)]
         self._received_WS = torch.zeros_like(flat.theta_P).view(collectives.workers, -1)
-        self.share = _slice_of(flat, collectives)
+        size = len(flat.theta_P) // collectives.workers
+        elements = slice(collectives.rank * size, (collectives.rank + 1) * size)
+        self.share = Share(elements, Rows(flat.pieces, elements, flat.theta_P.device), collectives)
+
+    def summed_gradient(self, batches: Batches, totals_T2: Tensor) -> Tensor:
+        _add_all(self._task_loss, self._flat, self._grads[0], batches, totals_T2)
+        self._collectives.sum(totals_T2)
+        return self._collectives.start_scatter(self._grads[0], self._received_WS).wait()
+
+    def gather(self) -> None:
+        self._collectives.gather_slices(self._flat.theta_P)
+
+    def settle(self, batches: Batches) -> None:
+        return
+
+
+class Sharded(_Slices):
+    """Every worker has its part of every task's batch."""
 
     def gradients(self, batches: Batches, totals_T2: Tensor) -> Iterator[TaskGradient]:
         under_way: Scatter | None = None
@@ -138,34 +155,20 @@ class Sharded:
         yield TaskGradient(len(batches) - 1, under_way.wait())
         self._collectives.sum(totals_T2)
 
-    def summed_gradient(self, batches: Batches, totals_T2: Tensor) -> Tensor:
-        _add_all(self._task_loss, self._flat, self._grads[0], batches, totals_T2)
-        self._collectives.sum(totals_T2)
-        return self._collectives.start_scatter(self._grads[0], self._received_WS).wait()
 
-    def gather(self) -> None:
-        self._collectives.gather_slices(self._flat.theta_P)
-
-    def settle(self, batches: Batches) -> None:
-        return
-
-
-class TaskParallel:
-    """Every worker computes the whole batch of its own tasks, and holds a slice."""
+class TaskParallel(_Slices):
+    """Every worker has the whole batch of its own tasks."""
 
     def __init__(
         self, task_loss: TaskLoss, flat: FlatParameters, collectives: Collectives, owners: Sequence[int]
     ) -> None:
         """Args: task_loss: of one worker alone. owners: rank that computes each task."""
-        self._task_loss, self._flat, self._collectives = task_loss, flat, collectives
+        super().__init__(task_loss, flat, collectives)
         by_worker = [[t for t, owner in enumerate(owners) if owner == rank] for rank in range(collectives.workers)]
         self._rounds = [
             [tasks[number] if number < len(tasks) else None for tasks in by_worker]
             for number in range(max(map(len, by_worker)))
         ]
-        self._grads = [torch.zeros_like(flat.theta_P) for _ in range(2)]
-        self._received_WS = torch.zeros_like(flat.theta_P).view(collectives.workers, -1)
-        self.share = _slice_of(flat, collectives)
 
     def gradients(self, batches: Batches, totals_T2: Tensor) -> Iterator[TaskGradient]:
         under_way: tuple[list[int], Exchange] | None = None
@@ -186,17 +189,6 @@ class TaskParallel:
         yield from map(TaskGradient, under_way[0], under_way[1].wait())
         self._collectives.sum(totals_T2)
 
-    def summed_gradient(self, batches: Batches, totals_T2: Tensor) -> Tensor:
-        _add_all(self._task_loss, self._flat, self._grads[0], batches, totals_T2)
-        self._collectives.sum(totals_T2)
-        return self._collectives.start_scatter(self._grads[0], self._received_WS).wait()
-
-    def gather(self) -> None:
-        self._collectives.gather_slices(self._flat.theta_P)
-
-    def settle(self, batches: Batches) -> None:
-        return
-
 
 def assign_tasks(tokens: Mapping[str, int], workers: int) -> dict[str, int]:
     """Task → the worker that computes it: the longest first, each to the worker with the fewest tokens so far.
@@ -209,12 +201,6 @@ def assign_tasks(tokens: Mapping[str, int], workers: int) -> dict[str, int]:
         owners[task] = load.index(min(load))
         load[owners[task]] += tokens[task]
     return {task: owners[task] for task in tokens}
-
-
-def _slice_of(flat: FlatParameters, collectives: Collectives) -> Share:
-    size = len(flat.theta_P) // collectives.workers
-    elements = slice(collectives.rank * size, (collectives.rank + 1) * size)
-    return Share(elements, Rows(flat.pieces, elements, flat.theta_P.device), collectives)
 
 
 def _all(batches: Batches) -> list[TaskBatch]:
