@@ -210,6 +210,7 @@ def test_a_sweep_with_a_failing_arm_keeps_the_others_and_names_it(tiny_config, r
             "train.steps": 2,
             "train.workers": 1,
             "train.max_failures": 0,
+            "train.max_bad_steps": 0,
             "sweep.seeds": [0],
         },
     )
