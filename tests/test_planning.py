@@ -5,7 +5,7 @@ import pytest
 from taskspec import store
 from taskspec.config import Config, with_values
 from taskspec.data.plan import Plan
-from taskspec.errors import ConfigError, PlacementError
+from taskspec.errors import ConfigError, PlacementError, TrainingError
 from taskspec.model.encoder import encoder_shapes
 from taskspec.train.checkpoint import Run
 from taskspec.train.planning import measured, plan_training, summary, write_plan
@@ -99,3 +99,10 @@ def test_a_summary_stands_beside_the_plan_and_shows_what_each_task_lost_or_won(t
         "dev accuracy from start to end: a 10 → 45%",
     ]
     assert store.exists(store.join(run.uri, "plan.json"))
+
+
+def test_a_run_whose_every_step_was_skipped_says_so_and_a_plan_of_such_steps_is_refused(tiny_config, tmp_path):
+    run = Run(str(tmp_path), "step-00000005", "step-00000000", 0.1, finished=True)
+    assert summary(run, []).startswith("trained no step: no gradient was finite; lower train.learning_rate")
+    with pytest.raises(TrainingError, match="of the 10 steps that were tried too few had a finite gradient"):
+        measured(planned(tiny_config), [line(10, 1.0)])

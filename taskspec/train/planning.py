@@ -15,7 +15,7 @@ from typing import Any
 from taskspec import store
 from taskspec.config import Config
 from taskspec.data.plan import Plan
-from taskspec.errors import PlacementError
+from taskspec.errors import PlacementError, TrainingError
 from taskspec.model.encoder import Shapes
 from taskspec.specialize.methods import kept_floats
 from taskspec.train.checkpoint import Run
@@ -140,7 +140,13 @@ def measured(plan: TrainingPlan, lines: Sequence[Mapping[str, Any]]) -> Training
     """The plan with what the steps that were tried took.
 
     Args: lines: of their metrics; the last one counts, as the first steps warm up.
+    Raises: TrainingError if too many of the steps were skipped.
     """
+    if len(lines) < 2:
+        raise TrainingError(
+            f"of the {PROBE_STEPS} steps that were tried too few had a finite gradient to measure; "
+            f"lower train.learning_rate or raise contrastive.temperature"
+        )
     last = lines[-1]
     steps = last["step"] - lines[-2]["step"]
     return TrainingPlan(**asdict(plan) | {"step_seconds": last["seconds"] / steps, "peak": last["peak_bytes"]})
@@ -153,6 +159,11 @@ def write_plan(run: str, plan: TrainingPlan) -> None:
 
 def summary(run: Run, lines: Sequence[Mapping[str, Any]]) -> str:
     """How a finished run went, beside its plan where it was planned: two or three lines for the console."""
+    if not lines:  # each of few steps was skipped
+        return (
+            "trained no step: no gradient was finite; lower train.learning_rate or raise contrastive.temperature, "
+            "and start in a new folder"
+        )
     seconds = sum(line["seconds"] for line in lines)
     peak, skipped = max(line["peak_bytes"] for line in lines), lines[-1]["bad_steps"]
     best = f", dev accuracy {100 * run.best_accuracy:.0f}%" if run.best_accuracy >= 0 else ""
