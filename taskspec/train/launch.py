@@ -162,6 +162,7 @@ def plan(job: TrainJob) -> TrainingPlan:
         run=f"{job.run.rstrip('/')}-plan",
         config=with_values(config, {f"train.{name}": value for name, value in values.items()}),
     )
+    store.remove(tried.run)  # what a plan that was killed left
     try:
         start_run(tried)
         fit(tried)
