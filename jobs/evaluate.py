@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jobs import cli
 from taskspec import store
-from taskspec.config import Config, Evaluate
+from taskspec.config import Config
 from taskspec.errors import ConfigError
+from taskspec.sections import Evaluate
 
 if TYPE_CHECKING:
     from taskspec.evaluate.run import FileScores

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from jobs import cli
 from taskspec import store
-from taskspec.config import Config, Train
+from taskspec.config import Config
 from taskspec.errors import ConfigError
+from taskspec.sections import Train
 
 if TYPE_CHECKING:
     from taskspec.model.prompts import TextTokenizer

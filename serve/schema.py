@@ -9,9 +9,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from taskspec.config import Section
 from taskspec.model.contract import ContractTask
 from taskspec.retrieve.hits import Level
+from taskspec.sections import Section
 
 MAX_TOP_K = 1000
 """Most hits per query that a request may ask for."""

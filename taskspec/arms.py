@@ -13,8 +13,9 @@ from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from taskspec.config import Config, Section, presets_folder, read_yaml, with_values
+from taskspec.config import Config, presets_folder, read_yaml, with_values
 from taskspec.errors import ConfigError
+from taskspec.sections import Section
 
 SECTIONS = ("prompts", "model", "contrastive", "mixing", "specialization", "train")
 """What arms may change: prepared data and negatives are the same for all."""

@@ -8,8 +8,8 @@ import os
 import time
 from typing import Any
 
-from taskspec.config import Cluster
 from taskspec.errors import PlacementError
+from taskspec.sections import Cluster
 
 
 def connect(config: Cluster) -> None:

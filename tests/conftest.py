@@ -63,7 +63,7 @@ def ray_cluster(_own_cache: Path, s3_bucket: str) -> Iterator[None]:
     import ray
 
     from taskspec.cluster import connect
-    from taskspec.config import Cluster
+    from taskspec.sections import Cluster
 
     connect(Cluster(local_cpus=4))
     yield

@@ -10,11 +10,12 @@ import torch
 from transformers import BertTokenizer, T5Config, T5EncoderModel
 
 from taskspec import store
-from taskspec.config import Config, Evaluate, parse_config
+from taskspec.config import Config, parse_config
 from taskspec.data.batches import dev_batches
 from taskspec.data.prepared import KIND, PASSAGE_SCHEMA, QUERY_SCHEMA, PreparedData
 from taskspec.evaluate.ablation import ablate, zeroed
 from taskspec.model.encoder import Encoder, TextEncoder, save_encoder
+from taskspec.sections import Evaluate
 from taskspec.specialize.analysis import Probe, probe
 
 TEXTS = {

@@ -8,9 +8,10 @@ import yaml
 from pydantic import BaseModel
 from pydantic import ValidationError as PydanticError
 
-from taskspec.config import Config, Prompts, Section, Task, canonical_sha256, load_config, parse_config, presets_folder
+from taskspec.config import Config, canonical_sha256, load_config, parse_config, presets_folder
 from taskspec.errors import ConfigError, ContractError
 from taskspec.model.contract import Contract, ContractTask
+from taskspec.sections import Prompts, Section, Task
 
 TREE = {
     "name": "mine",

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from taskspec.config import Config, Model, parse_config
+from taskspec.config import Config, parse_config
 from taskspec.errors import ConfigError
 from taskspec.model.contract import ContractTask
 from taskspec.model.encoder import (
@@ -17,6 +17,7 @@ from taskspec.model.encoder import (
     save_encoder,
     train_tokenizer,
 )
+from taskspec.sections import Model
 
 TEXTS = [f"the {a} of {b}" for a in ("king", "queen", "house", "river") for b in ("arden", "belmor", "casta")] * 20
 

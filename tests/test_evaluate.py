@@ -18,7 +18,7 @@ import pytest
 from jobs import cli
 from jobs import evaluate as job
 from taskspec import store
-from taskspec.config import Config, Evaluate, load_config, parse_config
+from taskspec.config import Config, load_config, parse_config
 from taskspec.data.prepared import KIND, PASSAGE_SCHEMA, QUERY_SCHEMA, PreparedData
 from taskspec.errors import ConfigError, DataError, StoreError
 from taskspec.evaluate.run import (
@@ -30,6 +30,7 @@ from taskspec.evaluate.run import (
     trec_lines,
 )
 from taskspec.retrieve.hits import Hit
+from taskspec.sections import Evaluate
 
 WORDS = ("red", "green", "blue", "gold", "gray")
 PAGES = {"1": "red", "2": "green", "3": "blue gold", "4": "gold", "5": "gray red"}

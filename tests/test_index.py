@@ -212,7 +212,7 @@ def test_positions_count_through_the_missing_rows() -> None:
 
 
 def test_passages_come_out_as_they_went_in(folder: Path) -> None:
-    embed = EmbedPassages(str(folder / "checkpoint"), threads=1)
+    embed = EmbedPassages(str(folder / "checkpoint"), threads=1, precision="fp32")
     texts = passage_texts()[:9]
     titles = ["page 0"] * 9
     batch = {"row": np.arange(9), "title": np.array(titles, dtype=object), "text": np.array(texts, dtype=object)}

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taskspec.config import Specialization
 from taskspec.errors import TrainingError
+from taskspec.sections import Specialization
 from taskspec.specialize.distribution import Share
 from taskspec.specialize.gradients import Piece
 from taskspec.specialize.methods import CGD, GradNorm, Mean, Method, PCGrad, Taco, Update, make_method, projected_shares

@@ -49,11 +49,14 @@ def test_shares_of_two_workers(tiny_config):
     assert tasks.sent == 104 * 2 + 2 * 72
 
 
-def test_what_cannot_fit_is_refused_with_both_numbers_and_a_way_out(tiny_config):
-    plan = planned(tiny_config, specialization__method="taco", train__workers=2)
+@pytest.mark.parametrize(
+    ("distribution", "way_out"), [("replicated", r"set train\.distribution=sharded"), ("sharded", "take more workers")]
+)
+def test_what_cannot_fit_is_refused_with_both_numbers_and_a_way_out(tiny_config, distribution, way_out):
+    plan = planned(tiny_config, specialization__method="taco", train__workers=2, train__distribution=distribution)
     plan.require_fits(None)
     plan.require_fits(plan.held)
-    with pytest.raises(PlacementError, match=r"needs 0\.0 MB a worker .*parameters 0\.0 MB.*; set train\."):
+    with pytest.raises(PlacementError, match=rf"needs 0\.0 MB a worker .*parameters 0\.0 MB.*; {way_out}"):
         plan.require_fits(plan.held - 1)
 
 

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from taskspec.config import Prompts, Scratch
 from taskspec.errors import ConfigError, RequestError
 from taskspec.model.contract import ContractTask
 from taskspec.model.encoder import train_tokenizer
 from taskspec.model.prompts import TextTokenizer, passage_text, query_text
+from taskspec.sections import Prompts, Scratch
 
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu".split()
 MENTION = "alpha beta gamma delta [START_ENT] kappa [END_ENT] epsilon zeta eta theta iota"

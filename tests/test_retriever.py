@@ -8,7 +8,6 @@ import pyarrow as pa
 import pytest
 
 from taskspec import store
-from taskspec.config import Prompts
 from taskspec.data.rows import RowStore
 from taskspec.errors import ArtifactError, ContractError, RequestError
 from taskspec.index.manifest import IndexManifest, ShardFile
@@ -16,6 +15,7 @@ from taskspec.index.shard import Shard
 from taskspec.model.contract import Contract, ContractTask
 from taskspec.retrieve.hits import Hit
 from taskspec.retrieve.retriever import Retriever
+from taskspec.sections import Prompts
 
 WORDS = ("moon", "ice", "ring", "dust")
 PASSAGES = (  # passage id, page row, title, text

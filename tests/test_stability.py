@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from taskspec.config import Specialization
+from taskspec.sections import Specialization
 from taskspec.specialize.distribution import Share
 from taskspec.specialize.gradients import FlatParameters, Piece
 from taskspec.specialize.methods import Taco

@@ -12,13 +12,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from taskspec.config import Evaluate
 from taskspec.data.prepared import PreparedData
 from taskspec.evaluate.metrics import RPREC
 from taskspec.evaluate.run import evaluate
 from taskspec.index.shard import Shard
 from taskspec.model.encoder import TextEncoder
 from taskspec.retrieve.retriever import Retriever
+from taskspec.sections import Evaluate
 from taskspec.specialize.analysis import Ablation, Probe, owned_most, random_mask
 from taskspec.specialize.gradients import FlatParameters
 

@@ -21,9 +21,10 @@ from urllib.parse import quote
 import numpy as np
 
 from taskspec import store
-from taskspec.config import Config, Evaluate
+from taskspec.config import Config
 from taskspec.errors import ConfigError, DataError
 from taskspec.evaluate.metrics import RPREC, average, query_metrics
+from taskspec.sections import Evaluate
 
 if TYPE_CHECKING:
     from taskspec.data.prepared import PreparedData

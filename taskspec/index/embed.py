@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from taskspec.config import Precision
+from taskspec.sections import Precision
 from taskspec.train.checkpoint import open_encoder
 
 
@@ -17,11 +17,11 @@ class EmbedPassages:
     """A checkpoint's encoder over batches of passages.
 
     Example:
-        embed = EmbedPassages("artifacts/runs/taco/step-00001000", threads=1)
+        embed = EmbedPassages("artifacts/runs/taco/step-00001000", threads=1, precision="fp32")
         embed({"row": np.array([0]), "title": np.array(["Ceres"]), "text": np.array(["A dwarf planet …"])})
     """
 
-    def __init__(self, checkpoint: str, threads: int, precision: Precision = "fp32") -> None:
+    def __init__(self, checkpoint: str, threads: int, precision: Precision) -> None:
         """Args: threads: of this process; all processes of a node together should not exceed its cores."""
         torch.set_num_threads(threads)
         self._encoder = open_encoder(checkpoint)

@@ -11,9 +11,9 @@ from typing import Literal, Self
 from pydantic import ValidationError
 
 from taskspec import store
-from taskspec.config import Precision, Section
 from taskspec.errors import ArtifactError
 from taskspec.model.contract import Contract
+from taskspec.sections import Precision, Section
 
 KIND = "index"
 PASSAGES_FILE = "passages.arrow"

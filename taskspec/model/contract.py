@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from taskspec.config import Prompts, Section, canonical_sha256
+from taskspec.config import canonical_sha256
 from taskspec.errors import ContractError
+from taskspec.sections import Prompts, Section
 
 
 class ContractTask(Section):

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from taskspec.config import Config, Model, Precision, Scratch, Task
+from taskspec.config import Config
 from taskspec.errors import ConfigError
 from taskspec.model.contract import Contract, ContractTask
 from taskspec.model.prompts import TextTokenizer, Tokens
+from taskspec.sections import Model, Precision, Scratch, Task
 
 EMBED_TOKENS = 16_384
 """Tokens of one forward pass when texts are embedded, padding included."""

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from taskspec.config import Prompts
 from taskspec.errors import ConfigError, RequestError
 from taskspec.model.contract import ContractTask
+from taskspec.sections import Prompts
 
 MENTION_START, MENTION_END = "[START_ENT]", "[END_ENT]"
 

@@ -9,6 +9,7 @@ their states (weights, averages of rows) are the same on all workers.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,8 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from taskspec.config import Specialization
 from taskspec.errors import TrainingError
+from taskspec.sections import Specialization
 from taskspec.specialize import sensitivity as s
 from taskspec.specialize.distribution import Share
 from taskspec.specialize.mixture import Mixture
@@ -160,7 +161,7 @@ class Taco:
         _copy_state(self.state(), state)
 
 
-class _Combined:
+class _Combined(ABC):
     """Methods with one factor per task, found from the gradients' inner products once all are there.
 
     Holds T·P floats: the gradients.
@@ -184,9 +185,9 @@ class _Combined:
         grad_P = factor_T.to(self._grad_TP) @ self._grad_TP
         return Update(grad_P, self._describe(factor_T) if describe else None)
 
+    @abstractmethod
     def _factors(self, product_TT: Tensor, loss_T: Tensor) -> Tensor:
         """What each task's gradient is multiplied by, from finite inner products; both float64 on the CPU."""
-        raise NotImplementedError
 
     def _describe(self, factor_T: Tensor) -> Specialized:
         one = torch.ones(1)
