@@ -108,8 +108,10 @@ class RetrieverDeployment:
             embeddings_BD[rows], truncated_B[rows] = self._retriever.embed(task, texts)
         embedded = time.monotonic()
         hits: dict[int, list[Hit]] = {}
-        for (top_k, level, with_text), rows in _numbers_by((q.top_k, q.level, q.with_text) for q in queries):
-            results = self._retriever.search_embeddings(embeddings_BD[rows], top_k, level, with_text)
+        for (effort, top_k, level, with_text), rows in _numbers_by(
+            (self._retriever.effort(q.task), q.top_k, q.level, q.with_text) for q in queries
+        ):
+            results = self._retriever.search_embeddings(embeddings_BD[rows], top_k, level, with_text, effort)
             hits.update(zip(rows, results, strict=True))
         searched = time.monotonic()
         batch = Batch(began, (embedded - began) * 1000, (searched - embedded) * 1000, len(queries))

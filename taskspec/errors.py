@@ -6,6 +6,7 @@
     ├── StoreError       a URI that cannot be read or written
     ├── ArtifactError    a folder that is not the artifact it should be: kind, version, checksum
     ├── ContractError    checkpoint and index (or request) that do not belong together
+    ├── RecallError      an index that finds less than it should
     ├── PlacementError   the cluster cannot hold the job
     ├── TrainingError    a run that cannot go on: a loss that is not finite, a state that does not fit
     ├── RequestError     a query that the retriever cannot answer: unknown task, top_k out of range
@@ -38,6 +39,10 @@ class ArtifactError(TaskspecError):
 
 class ContractError(TaskspecError):
     """Two artifacts were made under different contracts; the message names the first field that differs."""
+
+
+class RecallError(TaskspecError):
+    """An approximate index misses the wanted recall; the message names the worst task and both numbers."""
 
 
 class PlacementError(TaskspecError):

@@ -84,6 +84,10 @@ Precision = Literal["fp32", "bf16"]
 """Of a transformer's matrix products; weights, sums, losses and updates stay fp32 with either."""
 
 
+KindName = Literal["flat", "fp16", "sq8", "ivf", "hnsw", "pq"]
+"""A kind of index; `taskspec/index/kinds.py` describes each."""
+
+
 class Scratch(Section):
     """A T5 trained from nothing, with a SentencePiece tokenizer trained on the prepared passages."""
 
@@ -208,6 +212,16 @@ class Negatives(Section):
 class Index(Section):
     """From a checkpoint to FAISS shards."""
 
+    kind: KindName = "flat"
+    """`flat` is exact. `fp16` and `sq8` take a half and a quarter of its memory; `ivf` and `hnsw` visit a part of the
+    passages; `pq` finds candidates by four bits for eight dimensions. `jobs.index --plan` compares them."""
+    recall: float = Field(0.95, gt=0, le=1)
+    """Share of the exact best passages that each task's searches are to find: of kinds that can try harder, each task
+    takes the least effort that reaches it; an index that does not reach it is not published."""
+    recall_at: int = Field(10, ge=1)
+    """How many best passages that is measured on."""
+    recall_queries: int = Field(200, ge=1)
+    """Dev queries per task that it is measured with."""
     shards: int = Field(1, ge=1)
     actors: int = Field(1, ge=1)
     """Embedding processes."""

@@ -15,13 +15,13 @@ from jobs import index as job
 from taskspec import store
 from taskspec.config import Config, load_config, with_values
 from taskspec.data.prepared import KIND as PREPARED_KIND
-from taskspec.data.prepared import PASSAGE_SCHEMA, PreparedData
+from taskspec.data.prepared import PASSAGE_SCHEMA, QUERY_SCHEMA, PreparedData
 from taskspec.data.rows import RowStore
-from taskspec.errors import ArtifactError, ConfigError, PlacementError
+from taskspec.errors import ArtifactError, ConfigError, PlacementError, RecallError
 from taskspec.index import build
 from taskspec.index.embed import EmbedPassages
 from taskspec.index.manifest import KIND, PASSAGE_COLUMNS, PASSAGES_FILE, IndexManifest
-from taskspec.index.shard import Shard
+from taskspec.index.shard import load_shard
 from taskspec.model.contract import Contract
 from taskspec.model.encoder import build_encoder
 from taskspec.retrieve.retriever import Retriever
@@ -34,7 +34,7 @@ tasks: [{{name: nq}}, {{name: fever}}]
 model: {{scratch: {{vocabulary: 300, width: 16, layers: 1, heads: 2}}}}
 index: {{shards: 3, batch_size: 16}}
 """
-PASSAGES = 200
+PASSAGES, DEV_QUERIES = 200, 30
 
 
 def passage_texts() -> list[str]:
@@ -62,10 +62,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for row, text in enumerate(passage_texts())
     ]
-    prepared = str(folder / "prepared")
-    with store.publishing(prepared, PREPARED_KIND, inputs={}, config={}, facts={"queries": {}}) as work:
+    queries = [
+        {"query_id": str(row), "text": passage_texts()[row], "gold_pages": [[]], "positives": [], "gold_page_rows": []}
+        for row in range(DEV_QUERIES)
+    ]
+    prepared, facts = str(folder / "prepared"), {"queries": {"nq": {"dev": DEV_QUERIES}}}
+    with store.publishing(prepared, PREPARED_KIND, inputs={}, config={}, facts=facts) as work:
         (work / "passages").mkdir()
         pq.write_table(pa.Table.from_pylist(rows, schema=PASSAGE_SCHEMA), work / "passages" / "0.parquet")
+        (work / "queries/nq/dev").mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist(queries, schema=QUERY_SCHEMA), work / "queries/nq/dev/0.parquet")
     config = load_config(folder / "tiny.yaml")
     encoder, tokenizer = build_encoder(config.model, passage_texts(), seed=0)
     publish_checkpoint(
@@ -98,7 +104,7 @@ def stored(index: str) -> np.ndarray:
     manifest = IndexManifest.of(index, artifact.manifest)
     parts = []
     for shard in manifest.shards:
-        loaded = Shard.load(artifact.folder / shard.file, shard.row_start, shard.max_norm)
+        loaded = load_shard(artifact.folder / shard.file, manifest.kind, shard.row_start, shard.max_norm)
         parts.append(loaded.index.reconstruct_n(0, loaded.rows))
     return np.concatenate(parts)
 
@@ -118,6 +124,8 @@ def test_the_job_answers_with_what_it_built(folder: Path, built: dict[str, Any])
     assert manifest.prepared == PreparedData.open(str(folder / "prepared")).id == artifact.manifest.inputs["prepared"]
     assert [(shard.row_start, shard.rows) for shard in manifest.shards] == [(0, 66), (66, 67), (133, 67)]
     assert [artifact.manifest.files[shard.file] for shard in manifest.shards] == [s.sha256 for s in manifest.shards]
+    recall = manifest.recall.tasks["nq"]
+    assert (recall.queries, recall.value, recall.high, recall.effort) == (DEV_QUERIES, 1.0, 1.0, None)
 
 
 def test_every_row_holds_its_own_passage_s_embedding(folder: Path, built: dict[str, Any]) -> None:
@@ -155,17 +163,11 @@ def test_a_broken_build_goes_on_with_the_shards_that_are_missing(
     out = str(folder / "again")
     shutil.copytree(built["uri"], out)
     (folder / "again" / "shards" / "00000.faiss").unlink()
-    opened = store.open_artifact(str(folder / "checkpoint"), "checkpoint")
-    source = build.Source(
-        config,
-        opened,
-        Contract.model_validate(opened.manifest.facts["contract"]),
-        PreparedData.open(str(folder / "prepared")),
-    )
+    source = source_of(folder, config)
     plan = build.plan_shards(out, PASSAGES, 3)
     whole_ND = stored(built["uri"])
     for planned in plan:
-        build.publish_shard(source, planned, _shard(planned, whole_ND))
+        build.publish_shard(source, planned, whole_ND[planned.row_start : planned.row_start + planned.rows])
     damaged = Path(plan[1].uri) / build.SHARD_FILE
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\0")
     embedded: list[build.PlannedShard] = []
@@ -182,20 +184,12 @@ def test_a_broken_build_goes_on_with_the_shards_that_are_missing(
     assert not Path(f"{out}-shards").exists()
 
 
-def _shard(planned: build.PlannedShard, whole_ND: np.ndarray) -> Shard:
-    shard = Shard.empty(whole_ND.shape[1], planned.row_start)
-    shard.add(whole_ND[planned.row_start : planned.row_start + planned.rows])
-    return shard
-
-
 def test_a_shard_of_another_model_is_not_taken(folder: Path, config: Config) -> None:
-    opened = store.open_artifact(str(folder / "checkpoint"), "checkpoint")
-    contract = Contract.model_validate(opened.manifest.facts["contract"])
-    source = build.Source(config, opened, contract, PreparedData.open(str(folder / "prepared")))
+    source = source_of(folder, config)
     planned = build.PlannedShard(str(folder / "one-shard"), 0, 5)
-    build.publish_shard(source, planned, _shard(planned, np.ones((5, 16), dtype=np.float32)))
+    build.publish_shard(source, planned, np.ones((5, 16), dtype=np.float32))
     assert planned.finished(source) is not None
-    assert planned.finished(replace(source, contract=contract.model_copy(update={"weights": "other"}))) is None
+    assert planned.finished(replace(source, contract=source.contract.model_copy(update={"weights": "other"}))) is None
     assert replace(planned, rows=4).finished(source) is None
     assert planned.finished(replace(source, config=with_values(source.config, {"index.precision": "bf16"}))) is None
 
@@ -229,6 +223,58 @@ def test_bf16_embeds_nearly_as_fp32_does(folder: Path) -> None:
     assert result["embedding"].dtype == np.float32
     error = np.linalg.norm(result["embedding"] - embeddings(folder)[:9]) / np.linalg.norm(embeddings(folder)[:9])
     assert 1e-5 < error < 0.02  # bf16 keeps 8 bits: 0.4% in each product
+
+
+@pytest.fixture(scope="module")
+def approximate(folder: Path, config: Config, built: dict[str, Any]) -> tuple[Config, str]:
+    """Three shards of PQ codes, which must try hard, built from the embeddings of the exact index, and not published
+    as more recall is asked for than they have."""
+    changes = {"index.kind": "pq", "index.recall": 1.0, "index.recall_queries": 25}
+    config = with_values(config, changes)
+    source, out = source_of(folder, config), str(folder / "approximate")
+    whole_ND = stored(built["uri"])
+    for planned in build.plan_shards(out, PASSAGES, 3):
+        build.publish_shard(source, planned, whole_ND[planned.row_start : planned.row_start + planned.rows])
+    return config, out
+
+
+def source_of(folder: Path, config: Config) -> build.Source:
+    opened = store.open_artifact(str(folder / "checkpoint"), "checkpoint")
+    contract = Contract.model_validate(opened.manifest.facts["contract"])
+    return build.Source(config, opened, contract, PreparedData.open(str(folder / "prepared")))
+
+
+def test_an_index_that_misses_its_recall_is_not_published_and_keeps_its_shards(
+    folder: Path, approximate: tuple[Config, str]
+) -> None:
+    config, out = approximate
+    with pytest.raises(
+        RecallError, match=r"a pq index finds 0\.9\d+ of the exact best 10 of task nq"
+    ):
+        build.build_index(config, str(folder / "checkpoint"), str(folder / "prepared"), out)
+    assert not Path(out).exists()
+    assert len(list(Path(f"{out}-shards").iterdir())) == 3
+
+
+def test_the_recall_in_the_manifest_is_what_an_outsider_measures(
+    folder: Path, approximate: tuple[Config, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With other queries of the task, through the retriever, against products by numpy; nothing is embedded again."""
+    config, out = with_values(approximate[0], {"index.recall": 0.9}), approximate[1]
+    monkeypatch.setattr(build, "_embedded", None)
+    manifest = build.build_index(config, str(folder / "checkpoint"), str(folder / "prepared"), out)
+    recall = manifest.recall.tasks["nq"]
+    assert (manifest.kind, manifest.factory, recall.queries) == ("pq", "PQ2x4fs,Refine(SQ8)", 25)
+    assert recall.value >= 0.9
+
+    retriever = Retriever.open(str(folder / "checkpoint"), out)
+    texts = passage_texts()[60:160]
+    queries_BD, _ = retriever.embed("nq", texts)
+    exact_BK = np.argsort(-queries_BD @ embeddings(folder).T, axis=1, kind="stable")[:, :10]
+    ids = [[f"{row // 2}:{row % 2}" for row in rows] for rows in exact_BK.tolist()]
+    found = retriever.search(texts, "nq", top_k=10, level="passage")
+    shares = [len({hit.id for hit in hits} & set(wanted)) / 10 for hits, wanted in zip(found, ids, strict=True)]
+    assert recall.low <= np.mean(shares) <= recall.high
 
 
 def test_embeddings_that_are_not_finite_are_refused() -> None:

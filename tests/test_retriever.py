@@ -11,9 +11,11 @@ from taskspec import store
 from taskspec.data.rows import RowStore
 from taskspec.errors import ArtifactError, ContractError, RequestError
 from taskspec.index.manifest import IndexManifest, ShardFile
-from taskspec.index.shard import Shard
+from taskspec.index.page_ids import PageIds
+from taskspec.index.recall import MeasuredRecall
+from taskspec.index.shard import make_shard
 from taskspec.model.contract import Contract, ContractTask
-from taskspec.retrieve.hits import Hit
+from taskspec.retrieve.hits import Hit, Level
 from taskspec.retrieve.retriever import Retriever
 from taskspec.sections import Prompts
 
@@ -71,8 +73,7 @@ def retriever(request: pytest.FixtureRequest, tmp_path: Path) -> Retriever:
     RowStore.write(tmp_path / "passages.arrow", [table])
     shards = []
     for rows in np.array_split(np.arange(len(PASSAGES)), request.param):
-        shards.append(Shard.empty(len(WORDS), int(rows[0])))
-        shards[-1].add(embed([PASSAGES[row][3] for row in rows]))
+        shards.append(make_shard("flat", embed([PASSAGES[row][3] for row in rows]), int(rows[0])))
     return Retriever(WordEncoder(), shards, RowStore(tmp_path / "passages.arrow"), "abc")
 
 
@@ -106,6 +107,31 @@ def test_text_comes_only_where_asked_for(retriever: Retriever) -> None:
     assert retriever.search(["ring"], "nq", top_k=1)[0][0].text is None
 
 
+@pytest.mark.parametrize("level", ["page", "passage"])
+def test_only_chosen_pages_are_found_and_all_of_them(retriever: Retriever, level: Level) -> None:
+    def pages(top_k: int, **choice: list[str]) -> list[str]:
+        (hits,) = retriever.search(["dust"], "nq", top_k=top_k, level=level, **choice)
+        return [hit.id for hit in hits]
+
+    every = ["20", "30", "10"] if level == "page" else ["20:0", "30:0", "30:1", "10:0", "10:1"]
+    assert pages(9) == pages(9, only_pages=["10", "20", "30", "unknown"]) == every
+    assert pages(9, without_pages=["20", "unknown"]) == every[1:]
+    assert pages(1, without_pages=["20"]) == every[1:2]
+    assert pages(9, only_pages=["30", "10"], without_pages=["10"]) == [one for one in every if one[:2] == "30"]
+    assert pages(1, only_pages=["10"]) == [one for one in every if one[:2] == "10"][:1]
+    assert pages(9, only_pages=[]) == pages(9, only_pages=["unknown"]) == []
+
+
+def test_page_ids_read_from_disk_are_those_of_the_passages(retriever: Retriever, tmp_path: Path) -> None:
+    PageIds.of(RowStore(tmp_path / "passages.arrow")).save(tmp_path)
+    ids = PageIds.open(tmp_path)
+    assert ids.find(["30", "10", "1", "300", "30"]).tolist() == [0, 2]
+    assert ids.find([]).tolist() == []
+    (tmp_path / "page_rows.npy").write_bytes(b"broken")
+    with pytest.raises(ArtifactError, match=r"its page ids cannot be read .*; build the index again"):
+        PageIds.open(tmp_path)
+
+
 def test_no_queries_no_answers(retriever: Retriever) -> None:
     assert retriever.search([], "nq") == []
 
@@ -135,10 +161,13 @@ def index_facts(of: Contract) -> dict[str, object]:
         fingerprint=of.fingerprint,
         prepared="0" * 64,
         precision="fp32",
+        kind="flat",
         factory="Flat",
         dimension=of.dimension,
         passages=5,
         shards=(shard,),
+        recall=MeasuredRecall(at=10, wanted=0.95, tasks={}),
+        recall_queries=200,
     )
     return manifest.model_dump(mode="json")
 

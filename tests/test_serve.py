@@ -26,7 +26,9 @@ from taskspec import store
 from taskspec.config import parse_config
 from taskspec.data.rows import RowStore
 from taskspec.index.manifest import KIND, PASSAGES_FILE, IndexManifest, ShardFile
-from taskspec.index.shard import Shard
+from taskspec.index.page_ids import PageIds
+from taskspec.index.recall import MeasuredRecall
+from taskspec.index.shard import make_shard
 from taskspec.model.contract import Contract
 from taskspec.model.encoder import build_encoder
 from taskspec.retrieve.retriever import Retriever, index_version
@@ -45,8 +47,7 @@ def publish_index(uri: str, contract: Contract, checkpoint: str) -> None:
     with store.publishing(uri, KIND, inputs={}, config={}, facts=facts) as folder:
         files = []
         for row_start, rows in ((0, 5), (5, 7)):
-            shard = Shard.empty(contract.dimension, row_start)
-            shard.add(embeddings_ND[row_start : row_start + rows])
+            shard = make_shard("flat", embeddings_ND[row_start : row_start + rows], row_start)
             shard.save(folder / f"{row_start}.faiss")
             file = ShardFile(
                 file=f"{row_start}.faiss", row_start=row_start, rows=rows, sha256="", max_norm=shard.max_norm
@@ -62,15 +63,19 @@ def publish_index(uri: str, contract: Contract, checkpoint: str) -> None:
             }
         )
         RowStore.write(folder / PASSAGES_FILE, [table])
+        PageIds.of(RowStore(folder / PASSAGES_FILE)).save(folder)
         manifest = IndexManifest(
             contract=contract,
             fingerprint=contract.fingerprint,
             prepared="",
             precision="fp32",
+            kind="flat",
             factory="Flat",
             dimension=contract.dimension,
             passages=len(TEXTS),
             shards=tuple(files),
+            recall=MeasuredRecall(at=10, wanted=0.95, tasks={}),
+            recall_queries=200,
         )
         facts.update(manifest.model_dump(mode="json"))
 

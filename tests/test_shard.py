@@ -11,16 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taskspec.errors import ArtifactError
-from taskspec.index.shard import SPARE, Results, Shard, merge_top_k
+from taskspec.index.shard import SPARE, Results, Shard, load_shard, make_shard, merge_top_k
 
 
 def shards_of(vectors_ND: np.ndarray, count: int) -> list[Shard]:
     cuts = [number * len(vectors_ND) // count for number in range(count + 1)]
     shards = []
     for start, stop in pairwise(cuts):
-        shard = Shard.empty(vectors_ND.shape[1], start)
-        shard.add(vectors_ND[start:stop])
-        shards.append(shard)
+        shards.append(make_shard("flat", vectors_ND[start:stop], start))
     return shards
 
 
@@ -119,21 +117,20 @@ def test_a_saved_shard_searches_as_before_and_from_disk(tmp_path: Path) -> None:
     vectors_ND, queries_BD = vectors_with_duplicates()
     shard = shards_of(vectors_ND, 3)[1]
     shard.save(tmp_path / "shard.faiss")
-    loaded = Shard.load(tmp_path / "shard.faiss", shard.row_start, shard.max_norm)
+    loaded = load_shard(tmp_path / "shard.faiss", "flat", shard.row_start, shard.max_norm)
     assert loaded.rows == 200
     same(loaded.search(queries_BD, 40), shard.search(queries_BD, 40))
 
 
 def test_rows_are_global() -> None:
-    shard = Shard.empty(2, row_start=1000)
-    shard.add(np.array([[1, 0], [0, 1]], dtype=np.float32))
+    shard = make_shard("flat", np.array([[1, 0], [0, 1]]), row_start=1000)
     result = shard.search(np.array([[0, 2]], dtype=np.float32), 5)
     assert result.rows_BK.tolist() == [[1001, 1000]]
     assert result.scores_BK.tolist() == [[2.0, 0.0]]
 
 
 def test_an_empty_shard_has_no_results() -> None:
-    assert Shard.empty(2, 0).search(np.ones((3, 2), dtype=np.float32), 5).rows_BK.shape == (3, 0)
+    assert make_shard("flat", np.empty((0, 2)), 0).search(np.ones((3, 2), dtype=np.float32), 5).rows_BK.shape == (3, 0)
 
 
 def test_merge_takes_the_best_and_prefers_the_lower_row() -> None:
@@ -147,9 +144,9 @@ def test_merge_takes_the_best_and_prefers_the_lower_row() -> None:
 def test_a_file_that_is_no_index_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bad").write_bytes(b"nothing of the kind")
     with pytest.raises(ArtifactError, match=r"bad: is no FAISS index \(Index type .* build the index again"):
-        Shard.load(tmp_path / "bad", 0, 1.0)
+        load_shard(tmp_path / "bad", "flat", 0, 1.0)
     with pytest.raises(ArtifactError, match=r"gone: is no FAISS index \(.*No such file.* build the index again"):
-        Shard.load(tmp_path / "gone", 0, 1.0)
+        load_shard(tmp_path / "gone", "flat", 0, 1.0)
     faiss.write_index(faiss.IndexFlatL2(4), str(tmp_path / "other"))
-    with pytest.raises(ArtifactError, match="other: holds IndexFlatL2 but needs IndexFlatIP"):
-        Shard.load(tmp_path / "other", 0, 1.0)
+    with pytest.raises(ArtifactError, match="other: holds IndexFlatL2 but needs IndexFlatIP of inner products"):
+        load_shard(tmp_path / "other", "flat", 0, 1.0)

@@ -13,7 +13,7 @@ from taskspec.data.rows import RowStore
 from taskspec.errors import ConfigError, RequestError
 from taskspec.evaluate.run import evaluate
 from taskspec.evaluate.zero_shot import zero_shot
-from taskspec.index.shard import Shard
+from taskspec.index.shard import make_shard
 from taskspec.model.contract import Contract, ContractTask
 from taskspec.model.encoder import TextEncoder, build_encoder, contract_tasks, save_encoder
 from taskspec.model.prompts import query_text
@@ -87,8 +87,7 @@ def contract(tasks: Sequence[ContractTask]) -> Contract:
 
 
 def word_retriever(prepared: SimpleNamespace, asked: list[tuple[ContractTask, ...]]) -> Retriever:
-    shard = Shard.empty(len(WORDS), row_start=0)
-    shard.add(bag(PAGES))
+    shard = make_shard("flat", bag(PAGES), row_start=0)
     return Retriever(WordEncoder(contract(contract_tasks(CONFIG)), asked), [shard], prepared.passages, "abc")
 
 
@@ -129,8 +128,7 @@ def test_the_same_weights_answer_as_if_they_were_trained_with_the_task(prepared,
     found_BD, _ = seen.with_tasks(asked).embed_queries("held", texts)
     np.testing.assert_array_equal(found_BD, trained.embed_queries("held", texts)[0])
 
-    shard = Shard.empty(seen.dimension, row_start=0)
-    shard.add(seen.embed_passages(PAGES, PAGES))
+    shard = make_shard("flat", seen.embed_passages(PAGES, PAGES), row_start=0)
     retriever = Retriever(seen, [shard], prepared.passages, "abc")
     (row,) = evaluate(
         Retriever(trained, [shard], prepared.passages, "abc"), prepared, ["held"], CONFIG.evaluate, system="trained"

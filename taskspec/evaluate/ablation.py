@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from taskspec.data.prepared import PreparedData
 from taskspec.evaluate.metrics import RPREC
 from taskspec.evaluate.run import evaluate
-from taskspec.index.shard import Shard
+from taskspec.index.shard import make_shard
 from taskspec.model.encoder import TextEncoder
 from taskspec.retrieve.retriever import Retriever
 from taskspec.sections import Evaluate
@@ -78,11 +79,12 @@ def _scores(
     text_encoder: TextEncoder, prepared: PreparedData, tasks: Sequence[str], settings: Evaluate
 ) -> dict[str, float]:
     """Mean R-precision of each task's dev queries over passages embedded now."""
-    shard = Shard.empty(text_encoder.dimension, row_start=0)
+    parts = []
     for start in range(0, len(prepared.passages), PASSAGES_PER_CALL):
         rows = range(start, min(start + PASSAGES_PER_CALL, len(prepared.passages)))
         passages = prepared.passages.take(rows, ["title", "text"])
-        shard.add(text_encoder.embed_passages(passages["title"], passages["text"]))
+        parts.append(text_encoder.embed_passages(passages["title"], passages["text"]))
+    shard = make_shard("flat", np.concatenate(parts), row_start=0)
     retriever = Retriever(text_encoder, [shard], prepared.passages, version="ablation")
     rows_of = evaluate(retriever, prepared, tasks, settings, system="ablation")
     return {row.task: row.metrics[RPREC] for row in rows_of}

@@ -1,21 +1,25 @@
 """Prepared passages and a checkpoint to an index artifact: embedded on Ray Data, one FAISS shard after another.
 
 Path: prepared data, checkpoint → [here] → retriever.  N passages of a block, D the embedding's dimension. Embedding
-runs on the cluster; embeddings come back in row order to this process, which holds one shard at a time.
+runs on the cluster; embeddings come back in row order to this process, which holds one shard at a time: builds it,
+looks up dev queries in its embeddings exactly, and checks the file that it wrote.
 
 Resuming: a finished shard is published beside the target as `<out>-shards/shard-00000`, with the contract, the prepared
-data and the rows that it was made from; a later run takes it as it is and embeds only what is missing. When the index
-is published whole, the shards beside it are removed.
+data and the rows that it was made from; a later run takes it as it is and embeds only what is missing. When all are
+there, recall is measured and the index published whole; then the shards beside it are removed.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,15 +28,22 @@ from taskspec import cluster, store
 from taskspec.config import Config
 from taskspec.data.prepared import PreparedData
 from taskspec.data.rows import RowStore
-from taskspec.errors import ArtifactError, ConfigError
+from taskspec.errors import ArtifactError, ConfigError, RecallError
+from taskspec.index.checks import require_finite, require_own_rows
 from taskspec.index.embed import EmbedPassages
+from taskspec.index.kinds import KINDS
 from taskspec.index.manifest import KIND, PASSAGE_COLUMNS, PASSAGES_FILE, IndexManifest, ShardFile
-from taskspec.index.shard import Shard
+from taskspec.index.page_ids import PageIds
+from taskspec.index.recall import MeasuredRecall, exact_answers, measure
+from taskspec.index.shard import Results, load_shard, make_shard, merge_top_k
 from taskspec.model.contract import Contract
 from taskspec.train import checkpoint as checkpoints
+from taskspec.train.checkpoint import open_encoder
 
 SHARD_KIND = "index-shard"
 SHARD_FILE = "shard.faiss"
+EXACT_FILE = "exact.npz"
+"""The exact best rows of the shard for each task's dev queries."""
 BATCHES_PER_BLOCK = 4
 """Batches of one Ray Data block: enough to hide a task's overhead, few enough to keep every actor busy."""
 PROGRESS_S = 5.0
@@ -54,6 +65,19 @@ class Source:
     def inputs(self) -> dict[str, str]:
         return {"checkpoint": self.checkpoint.id, "prepared": self.prepared.id}
 
+    @cached_property
+    def dev_queries(self) -> dict[str, np.ndarray]:
+        """Task → embeddings (B, D) of the dev queries that recall is measured with, of tasks that have some."""
+        encoder = open_encoder(self.checkpoint.uri)
+        have = self.prepared.tasks("dev")
+        found = {}
+        for task in (task.name for task in self.contract.tasks if task.name in have):
+            queries = self.prepared.queries(task, "dev")
+            count = min(self.config.index.recall_queries, len(queries))
+            rows = np.linspace(0, len(queries) - 1, count).astype(np.int64)  # from all over the file
+            found[task], _ = encoder.embed_queries(task, queries.take(rows, ["text"])["text"])
+        return found
+
 
 @dataclass(frozen=True)
 class PlannedShard:
@@ -69,6 +93,9 @@ class PlannedShard:
             "fingerprint": source.contract.fingerprint,
             "prepared": source.prepared.id,
             "precision": source.config.index.precision,
+            "kind": source.config.index.kind,
+            "recall_at": source.config.index.recall_at,
+            "recall_queries": source.config.index.recall_queries,
             "row_start": self.row_start,
             "rows": self.rows,
         }
@@ -140,6 +167,9 @@ def _standing_index(out: str, source: Source, plan: Sequence[PlannedShard]) -> I
             "fingerprint": manifest.fingerprint,
             "prepared": manifest.prepared,
             "precision": manifest.precision,
+            "kind": manifest.kind,
+            "recall_at": manifest.recall.at,
+            "recall_queries": manifest.recall_queries,
             "row_start": shard.row_start,
             "rows": shard.rows,
         }
@@ -159,21 +189,36 @@ def _build_shards(source: Source, missing: Sequence[PlannedShard]) -> None:
     blocks = _embedded(source, missing)
     rest_ND = np.empty((0, source.contract.dimension), dtype=np.float32)
     for planned in missing:
-        shard = Shard.empty(source.contract.dimension, planned.row_start)
-        while shard.rows < planned.rows:
+        embeddings_ND = np.empty((planned.rows, source.contract.dimension), dtype=np.float32)
+        filled = 0
+        while filled < planned.rows:
             block_ND = rest_ND if len(rest_ND) else next(blocks)
-            wanted = planned.rows - shard.rows
-            shard.add(block_ND[:wanted])
-            rest_ND = block_ND[wanted:]
-        publish_shard(source, planned, shard)
+            taken = min(len(block_ND), planned.rows - filled)
+            embeddings_ND[filled : filled + taken] = block_ND[:taken]
+            rest_ND, filled = block_ND[taken:], filled + taken
+        publish_shard(source, planned, embeddings_ND)
 
 
-def publish_shard(source: Source, planned: PlannedShard, shard: Shard) -> None:
-    """Publishes a finished shard where the next run looks for it."""
+def publish_shard(source: Source, planned: PlannedShard, embeddings_ND: np.ndarray) -> None:
+    """Builds a shard, answers dev queries exactly from its embeddings, and publishes both where the next run looks.
+
+    Raises: ArtifactError if the shard, read from its file, does not find its own rows.
+    """
+    index = source.config.index
+    shard = make_shard(index.kind, embeddings_ND, planned.row_start)
     facts = planned.key(source) | {"max_norm": shard.max_norm}
     tree = source.config.model_dump(mode="json")
     with store.publishing(planned.uri, SHARD_KIND, inputs=source.inputs, config=tree, facts=facts) as folder:
         shard.save(folder / SHARD_FILE)
+        written = load_shard(folder / SHARD_FILE, index.kind, planned.row_start, shard.max_norm)
+        require_own_rows(written, embeddings_ND, planned.uri)
+        exact = {
+            task: exact_answers(embeddings_ND, planned.row_start, queries_BD, index.recall_at)
+            for task, queries_BD in source.dev_queries.items()
+        }
+        arrays: dict[str, Any] = {f"{task}.scores": one.scores_BK for task, one in exact.items()}
+        arrays |= {f"{task}.rows": one.rows_BK for task, one in exact.items()}
+        np.savez(folder / EXACT_FILE, **arrays)
 
 
 def _embedded(source: Source, missing: Sequence[PlannedShard]) -> Iterator[np.ndarray]:
@@ -219,16 +264,6 @@ def global_rows(positions: np.ndarray, shards: Sequence[PlannedShard]) -> np.nda
     return np.asarray(starts[number] + positions - first[number], dtype=np.int64)
 
 
-def require_finite(rows_N: np.ndarray, embedding_ND: np.ndarray, checkpoint: str) -> None:
-    """Raises: ArtifactError naming the first passage whose embedding holds a NaN or an infinity."""
-    finite_N = np.isfinite(embedding_ND).all(axis=1)
-    if not finite_N.all():
-        raise ArtifactError(
-            f"{checkpoint}: embeds passage row {rows_N[~finite_N][0]} as numbers that are not finite; "
-            "train the model again, with a lower train.learning_rate"
-        )
-
-
 def read_passages(
     batch: dict[str, np.ndarray], prepared: PreparedData, shards: Sequence[PlannedShard]
 ) -> dict[str, np.ndarray]:
@@ -238,7 +273,48 @@ def read_passages(
     return {"row": rows} | {name: np.array(values, dtype=object) for name, values in texts.items()}
 
 
+def measure_recall(source: Source, plan: Sequence[PlannedShard]) -> MeasuredRecall:
+    """What the finished shards find of the exact answers to the tasks' dev queries.
+
+    Raises: RecallError where a task's recall is below `index.recall`, whatever the effort.
+    """
+    index = source.config.index
+    shards, parts = [], []
+    for planned in plan:
+        artifact = store.open_artifact(planned.uri, SHARD_KIND)
+        max_norm = artifact.manifest.facts["max_norm"]
+        shards.append(load_shard(artifact.folder / SHARD_FILE, index.kind, planned.row_start, max_norm))
+        parts.append(np.load(artifact.folder / EXACT_FILE))
+    exact = {
+        task: merge_top_k(
+            [Results(part[f"{task}.scores"], part[f"{task}.rows"]) for part in parts], index.recall_at
+        ).rows_BK
+        for task in source.dev_queries
+    }
+
+    def search(queries_BD: np.ndarray, top_k: int, effort: int | None) -> Results:
+        return merge_top_k([shard.search(queries_BD, top_k, effort) for shard in shards], top_k)
+
+    found = measure(index.kind, search, source.dev_queries, exact, at=index.recall_at, wanted=index.recall)
+    for task, one in found.tasks.items():
+        effort = f", {KINDS[index.kind].effort} {one.effort}" if one.effort else ""
+        print(
+            f"index: {task} finds {100 * one.value:.1f}% ({100 * one.low:.1f} to {100 * one.high:.1f}) of the exact "
+            f"best {index.recall_at}, {one.queries} dev queries{effort}",
+            flush=True,
+        )
+    if found.missed:
+        task, worst = min(found.missed.items(), key=lambda item: item[1].value)
+        raise RecallError(
+            f"a {index.kind} index finds {worst.value:.3f} of the exact best {index.recall_at} of task {task}, "
+            f"index.recall asks for {index.recall}; take another index.kind, or lower index.recall to "
+            f"{math.floor(1000 * worst.value) / 1000} at most: the finished shards are kept"
+        )
+    return found
+
+
 def _publish(out: str, source: Source, plan: Sequence[PlannedShard]) -> IndexManifest:
+    recall = measure_recall(source, plan)
     facts: dict[str, object] = {}
     tree = source.config.model_dump(mode="json")
     with store.publishing(out, KIND, inputs=source.inputs, config=tree, facts=facts) as folder:
@@ -258,15 +334,19 @@ def _publish(out: str, source: Source, plan: Sequence[PlannedShard]) -> IndexMan
                 )
             )
         passages = RowStore.write(folder / PASSAGES_FILE, _text_tables(source.prepared.passages))
+        PageIds.of(source.prepared.passages).save(folder)
         manifest = IndexManifest(
             contract=source.contract,
             fingerprint=source.contract.fingerprint,
             prepared=source.prepared.id,
             precision=source.config.index.precision,
-            factory="Flat",
+            kind=source.config.index.kind,
+            factory=KINDS[source.config.index.kind].factory(plan[0].rows, source.contract.dimension),
             dimension=source.contract.dimension,
             passages=passages,
             shards=tuple(files),
+            recall=recall,
+            recall_queries=source.config.index.recall_queries,
         )
         facts.update(manifest.model_dump(mode="json"))
     return manifest

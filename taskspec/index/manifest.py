@@ -6,14 +6,15 @@ opened here.
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import ValidationError
 
 from taskspec import store
 from taskspec.errors import ArtifactError
+from taskspec.index.recall import MeasuredRecall
 from taskspec.model.contract import Contract
-from taskspec.sections import Precision, Section
+from taskspec.sections import KindName, Precision, Section
 
 KIND = "index"
 PASSAGES_FILE = "passages.arrow"
@@ -44,11 +45,15 @@ class IndexManifest(Section):
     """Id of the prepared data that the passages came from."""
     precision: Precision
     """Of the passages' embedding."""
-    factory: Literal["Flat"]
-    """FAISS's name of the shards' kind: Flat is exact."""
+    kind: KindName
+    factory: str
+    """FAISS's name of the first shard's kind; lists of an IVF shard go with its rows."""
     dimension: int
     passages: int
     shards: tuple[ShardFile, ...]
+    recall: MeasuredRecall
+    recall_queries: int
+    """Dev queries per task that recall was to be measured with; a task may have fewer."""
 
     @classmethod
     def of(cls, uri: str, manifest: store.Manifest) -> Self:

@@ -1,20 +1,22 @@
-"""One shard of the index: exact search by inner product with FAISS, and the merge of several shards' results.
+"""One shard of the index: search by inner product with FAISS, and the merge of several shards' results.
 
 Path: embeddings → [here] → index, retriever.  B queries, N passages of a shard, D the embedding's dimension, K results.
 Rows are global passage rows (`row_start` + the number inside the shard), so shards are merged by row and never joined.
 No texts, no pages, no files but the shard's own.
 
-Results are those of real arithmetic rounded once, equal scores by lower row, for any number of shards. FAISS alone
-does not give that: it keeps an arbitrary one of equal scores at the cut, and its float32 sums depend on the shape of
-the matrix product. So it proposes candidates, with some to spare; their scores are taken again in float64; and where
-its rounding could have hidden a better row, a second pass fetches every row within the error bound.
+A `FlatShard`'s results are those of real arithmetic rounded once, equal scores by lower row, for any number of shards.
+FAISS alone does not give that: it keeps an arbitrary one of equal scores at the cut, and its float32 sums depend on the
+shape of the matrix product. So it proposes candidates, with some to spare; their scores are taken again in float64; and
+where its rounding could have hidden a better row, a second pass fetches every row within the error bound.
+
+An `ApproximateShard` answers as FAISS does for its kind (`kinds.py`), and tries as hard as it is told.
 """
 
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +24,8 @@ import faiss
 import numpy as np
 
 from taskspec.errors import ArtifactError
+from taskspec.index.kinds import KINDS
+from taskspec.sections import KindName
 
 SPARE = 32
 """Candidates fetched beyond top_k, so that the error bound seldom reaches the last of them."""
@@ -30,6 +34,18 @@ RESCORED_ROWS = 4096
 BLAS_FROM_QUERIES = 3
 """Searching this many queries at once goes through BLAS; FAISS by itself waits for 128,000 / D of them, and is about
 eight times slower up to there. One or two queries are faster on its scanning path."""
+
+
+TRAINED_ON = 262_144
+"""Vectors of a shard that its codes and lists are learned from, at most."""
+FAISS_CLASSES: dict[KindName, Any] = {
+    "flat": faiss.IndexFlatIP,
+    "fp16": faiss.IndexScalarQuantizer,
+    "sq8": faiss.IndexScalarQuantizer,
+    "ivf": faiss.IndexIVFScalarQuantizer,
+    "hnsw": faiss.IndexHNSWSQ,
+    "pq": faiss.IndexRefine,
+}
 
 
 class Results(NamedTuple):
@@ -41,66 +57,91 @@ class Results(NamedTuple):
     """int64."""
 
 
-@dataclass
-class Shard:
+class Shard(ABC):
     """A run of passage embeddings, searched as a whole. Searching is safe from several threads.
 
     Example:
-        shard = Shard.empty(dimension=128, row_start=0)
-        shard.add(embeddings_ND)
+        shard = make_shard("flat", embeddings_ND, row_start=0)
         scores_BK, rows_BK = shard.search(queries_BD, top_k=10)
+
+    Attributes: index: of FAISS. kind; row_start; max_norm: largest length of an embedding.
     """
 
-    index: Any
-    """faiss.IndexFlatIP."""
-    row_start: int
-    max_norm: float
-    """Largest length of an embedding: how far FAISS's sums can be off grows with it."""
-
-    def __post_init__(self) -> None:
-        faiss.cvar.distance_compute_blas_threshold = BLAS_FROM_QUERIES * self.index.d  # of the whole process
-
-    @classmethod
-    def empty(cls, dimension: int, row_start: int) -> Shard:
-        return cls(faiss.IndexFlatIP(dimension), row_start, 0.0)
-
-    @classmethod
-    def load(cls, path: Path, row_start: int, max_norm: float) -> Shard:
-        """Opens a saved shard without reading it: pages come in as searches touch them and are shared by processes.
-
-        Raises: ArtifactError if the file is no FAISS index of this kind.
-        """
-        try:
-            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-        except RuntimeError as error:
-            reason = re.split(r"\.cpp:\d+: ", str(error))[-1]  # without the C++ function and its line
-            raise ArtifactError(f"{path}: is no FAISS index ({reason}); build the index again") from error
-        if not isinstance(index, faiss.IndexFlatIP):
-            raise ArtifactError(f"{path}: holds {type(index).__name__} but needs IndexFlatIP; build the index again")
-        return cls(index, row_start, max_norm)
+    def __init__(self, index: Any, kind: KindName, row_start: int, max_norm: float) -> None:
+        self.index, self.kind, self.row_start, self.max_norm = index, kind, row_start, max_norm
+        faiss.cvar.distance_compute_blas_threshold = BLAS_FROM_QUERIES * index.d  # of the whole process
 
     @property
     def rows(self) -> int:
         return int(self.index.ntotal)
 
-    def add(self, embeddings_ND: np.ndarray) -> None:
-        """Appends float32 embeddings, row after row."""
-        if len(embeddings_ND):
-            self.index.add(np.ascontiguousarray(embeddings_ND, dtype=np.float32))
-            self.max_norm = max(self.max_norm, float(np.linalg.norm(embeddings_ND, axis=1).max()))
-
     def save(self, path: Path) -> None:
         faiss.write_index(self.index, str(path))
 
-    def search(self, queries_BD: np.ndarray, top_k: int) -> Results:
-        """The exact best rows of each query. Returns: K = min(top_k, rows) columns."""
+    def search(self, queries_BD: np.ndarray, top_k: int, effort: int | None = None) -> Results:
+        """The best rows of each query.
+
+        Args: effort: how hard to try, of the kind's `efforts`; None is the kind's least.
+        Returns: K = min(top_k, rows) columns; where fewer rows were reached, row −1 with score −inf fills up.
+        """
         queries_BD = np.ascontiguousarray(queries_BD, dtype=np.float32)
         assert np.isfinite(queries_BD).all(), "FAISS answers row −1 where a score is not a number"
-        wanted, fetched = min(top_k, self.rows), min(top_k + SPARE, self.rows)
+        wanted = min(top_k, self.rows)
+        if not wanted * len(queries_BD):
+            shape = len(queries_BD), wanted
+            return Results(np.empty(shape, dtype=np.float32), np.empty(shape, dtype=np.int64))
+        return self._search(queries_BD, wanted, effort)
+
+    @abstractmethod
+    def _search(self, queries_BD: np.ndarray, wanted: int, effort: int | None) -> Results: ...
+
+    @abstractmethod
+    def score_rows(self, queries_BD: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """The scores (B, rows) float32 of given global rows of this shard, whatever a search would reach."""
+
+
+def make_shard(kind: KindName, embeddings_ND: np.ndarray, row_start: int) -> Shard:
+    """Learns its codes and lists, where the kind has some, and fills a shard."""
+    embeddings_ND = np.ascontiguousarray(embeddings_ND, dtype=np.float32)
+    passages, dimension = embeddings_ND.shape
+    max_norm = float(np.linalg.norm(embeddings_ND, axis=1).max()) if passages else 0.0
+    if kind == "flat":
+        flat = faiss.IndexFlatIP(dimension)
+        if passages:
+            flat.add(embeddings_ND)
+        return FlatShard(flat, kind, row_start, max_norm)
+    index = faiss.index_factory(dimension, KINDS[kind].factory(passages, dimension), faiss.METRIC_INNER_PRODUCT)
+    sample = np.random.default_rng(row_start).permutation(passages)[:TRAINED_ON]
+    index.train(embeddings_ND[np.sort(sample)])
+    index.add(embeddings_ND)
+    return ApproximateShard(index, kind, row_start, max_norm)
+
+
+def load_shard(path: Path, kind: KindName, row_start: int, max_norm: float) -> Shard:
+    """Opens a saved shard without reading it: pages come in as searches touch them and are shared by processes.
+
+    Raises: ArtifactError if the file is no FAISS index of this kind.
+    """
+    try:
+        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+    except RuntimeError as error:
+        reason = re.split(r"\.cpp:\d+: ", str(error))[-1]  # without the C++ function and its line
+        raise ArtifactError(f"{path}: is no FAISS index ({reason}); build the index again") from error
+    needed = FAISS_CLASSES[kind]
+    if not isinstance(index, needed) or index.metric_type != faiss.METRIC_INNER_PRODUCT:
+        raise ArtifactError(
+            f"{path}: holds {type(index).__name__} but needs {needed.__name__} of inner products; build the index again"
+        )
+    return (FlatShard if kind == "flat" else ApproximateShard)(index, kind, row_start, max_norm)
+
+
+class FlatShard(Shard):
+    """Exact search."""
+
+    def _search(self, queries_BD: np.ndarray, wanted: int, effort: int | None) -> Results:
+        fetched = min(wanted + SPARE, self.rows)
         scores_BK = np.empty((len(queries_BD), wanted), dtype=np.float32)
         rows_BK = np.empty((len(queries_BD), wanted), dtype=np.int64)
-        if not scores_BK.size:
-            return Results(scores_BK, rows_BK)
         rough_BF, candidates_BF = self.index.search(queries_BD, fetched)
         for number, query_D in enumerate(queries_BD):
             candidates = candidates_BF[number]
@@ -115,6 +156,9 @@ class Shard:
             scores_BK[number] = scores[best]
             rows_BK[number] = candidates[best] + self.row_start
         return Results(scores_BK, rows_BK)
+
+    def score_rows(self, queries_BD: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        return np.stack([self._scores(query_D, rows - self.row_start) for query_D in queries_BD])
 
     def _error(self, query_D: np.ndarray) -> float:
         """Bound on |FAISS's score − ours|: D products and D sums in any order, each off by at most 2^-24 of |q|·|x|,
@@ -137,6 +181,43 @@ class Shard:
             for start in range(0, len(numbers), RESCORED_ROWS)
         ]
         return np.concatenate(pieces).astype(np.float32)
+
+
+class ApproximateShard(Shard):
+    """Search as FAISS does it for the kind."""
+
+    def _search(self, queries_BD: np.ndarray, wanted: int, effort: int | None) -> Results:
+        scores_BK, rows_BK = self.index.search(queries_BD, wanted, params=self._parameters(effort))
+        scores_BK[rows_BK < 0] = -np.inf
+        rows_BK[rows_BK >= 0] += self.row_start
+        best_BK = np.lexsort((rows_BK, -scores_BK), axis=1)
+        return Results(np.take_along_axis(scores_BK, best_BK, 1), np.take_along_axis(rows_BK, best_BK, 1))
+
+    def _parameters(self, effort: int | None, selected: Any = None) -> Any:
+        kind = KINDS[self.kind]
+        if not kind.efforts:
+            return None
+        effort = effort or kind.efforts[0]
+        parameters: Any = faiss  # its stubs know neither the classes nor their arguments
+        if self.kind == "ivf":
+            return parameters.SearchParametersIVF(nprobe=min(effort, self.index.nlist), sel=selected)
+        if self.kind == "hnsw":
+            return parameters.SearchParametersHNSW(efSearch=effort)
+        return parameters.IndexRefineSearchParameters(k_factor=effort)
+
+    def score_rows(self, queries_BD: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        queries_BD = np.ascontiguousarray(queries_BD, dtype=np.float32)
+        numbers = np.asarray(rows - self.row_start, dtype=np.int64)
+        if self.kind == "ivf":  # its vectors lie in lists, by none of their numbers
+            every = self._parameters(self.index.nlist, faiss.IDSelectorBatch(numbers))
+            scores_BK, found_BK = self.index.search(queries_BD, len(numbers), params=every)
+            order_BK = np.argsort(found_BK, axis=1)[:, np.argsort(np.argsort(numbers))]
+            return np.asarray(np.take_along_axis(scores_BK, order_BK, 1))
+        codes = {"pq": "refine_index", "hnsw": "storage"}.get(self.kind)
+        vectors_ND = faiss.downcast_index(getattr(self.index, codes) if codes else self.index).reconstruct_batch(
+            numbers
+        )
+        return np.asarray(queries_BD @ vectors_ND.T)
 
 
 def merge_top_k(parts: Sequence[Results], top_k: int) -> Results:

@@ -32,22 +32,37 @@ def best_per_page(ranking: Ranking, page_of_row_N: np.ndarray) -> Ranking:
     return Ranking(ranking.scores_K[first], ranking.rows_K[first])
 
 
-def search_pages(
-    search: SearchPassages, page_of_row_N: np.ndarray, queries_BD: np.ndarray, top_k: int
-) -> list[Ranking]:
-    """The best passage of each of the `top_k` best pages; fewer only where there are fewer pages.
+Keep = Callable[[Ranking], Ranking]
+"""What of a ranking counts: the best passage of each page, passages of allowed pages."""
 
-    Searches wider, for the queries that need it, until enough pages have come or all passages have.
+
+def search_until_full(
+    search: SearchPassages, keep: Keep, queries_BD: np.ndarray, top_k: int, rows: int
+) -> list[Ranking]:
+    """The first `top_k` that are kept, for each query; fewer only where all rows hold fewer.
+
+    Searches wider, for the queries that need it, until enough have come or all rows have.
     """
     found: dict[int, Ranking] = {}
     waiting = np.arange(len(queries_BD))
     passages = top_k
     while len(waiting):
         passages *= PASSAGES_PER_PAGE
-        rankings = [best_per_page(ranking, page_of_row_N) for ranking in search(queries_BD[waiting], passages)]
-        full = passages >= len(page_of_row_N)
+        rankings = [keep(ranking) for ranking in search(queries_BD[waiting], passages)]
+        full = passages >= rows
         for number, ranking in zip(waiting.tolist(), rankings, strict=True):
             if full or len(ranking.rows_K) >= top_k:
                 found[number] = Ranking(ranking.scores_K[:top_k], ranking.rows_K[:top_k])
         waiting = np.array([number for number in waiting.tolist() if number not in found], dtype=np.int64)
     return [found[number] for number in range(len(queries_BD))]
+
+
+def search_pages(
+    search: SearchPassages, page_of_row_N: np.ndarray, queries_BD: np.ndarray, top_k: int
+) -> list[Ranking]:
+    """The best passage of each of the `top_k` best pages; fewer only where there are fewer pages."""
+
+    def keep(ranking: Ranking) -> Ranking:
+        return best_per_page(ranking, page_of_row_N)
+
+    return search_until_full(search, keep, queries_BD, top_k, len(page_of_row_N))

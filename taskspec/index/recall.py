@@ -1,0 +1,115 @@
+"""How much of the exact answer an approximate index finds, task by task, and how hard its searches must try for it.
+
+Path: shards, exact answers of the task's own dev queries → [here] → manifest.  B queries of a task, K results, N
+passages of a shard, D the embedding's dimension.
+
+Exact answers are taken shard by shard, while a shard's embeddings are still in memory, and merged as results are. So
+recall is measured against all passages, by queries as users ask them and not by passages, and nothing is embedded
+twice. No Ray and no files in here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import faiss
+import numpy as np
+
+from taskspec.index.kinds import KINDS
+from taskspec.index.shard import Results
+from taskspec.sections import KindName, Section
+
+Z_95 = 1.959964
+"""Of the normal distribution's two-sided 95%."""
+
+
+class Recall(Section):
+    """What one task's dev queries found."""
+
+    queries: int
+    value: float
+    """Mean share of the exact best `at` passages among those found."""
+    low: float
+    high: float
+    """95% interval."""
+    effort: int | None
+    """How hard the task's searches try, of the kind's `efforts`; None where there is no choice."""
+
+
+class MeasuredRecall(Section):
+    """Of an index, when it was built."""
+
+    at: int
+    wanted: float
+    tasks: dict[str, Recall]
+
+    def effort(self, task: str) -> int | None:
+        """How hard a search of this task tries: as measured, or as hard as any must where it has no dev queries."""
+        if task in self.tasks:
+            return self.tasks[task].effort
+        return max((one.effort for one in self.tasks.values() if one.effort is not None), default=None)
+
+    @property
+    def missed(self) -> dict[str, Recall]:
+        """The tasks whose recall is below what is wanted, however hard they try."""
+        return {task: one for task, one in self.tasks.items() if one.value < self.wanted}
+
+
+def exact_answers(embeddings_ND: np.ndarray, row_start: int, queries_BD: np.ndarray, top_k: int) -> Results:
+    """The best rows of a shard by plain products in fp32, ties in any order."""
+    scores_BK, rows_BK = faiss.knn(
+        np.ascontiguousarray(queries_BD, dtype=np.float32),
+        np.ascontiguousarray(embeddings_ND, dtype=np.float32),
+        min(top_k, len(embeddings_ND)),
+        metric=faiss.METRIC_INNER_PRODUCT,
+    )
+    return Results(scores_BK, rows_BK + row_start)
+
+
+def interval(share: float, queries: int) -> tuple[float, float]:
+    """95% interval of a mean of shares between 0 and 1, one a query: Wilson's, as if each share were a yes or a no.
+
+    Shares between vary less than that, so it is rather too wide, and stays an interval where all shares are 1.
+    Source: Wilson, "Probable inference, the law of succession, and statistical inference", JASA 1927.
+    """
+    n, z2 = queries, Z_95**2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def shares_found(found_BK: np.ndarray, exact_BK: np.ndarray) -> np.ndarray:
+    """(B,): which share of each query's exact rows was found."""
+    return np.array([np.isin(exact, found).mean() for found, exact in zip(found_BK, exact_BK, strict=True)])
+
+
+Search = Callable[[np.ndarray, int, int | None], Results]
+"""(queries (B, D), top_k, effort) → the merged results of all shards."""
+
+
+def measure(
+    kind: KindName,
+    search: Search,
+    queries: Mapping[str, np.ndarray],
+    exact: Mapping[str, np.ndarray],
+    *,
+    at: int,
+    wanted: float,
+) -> MeasuredRecall:
+    """Finds for every task the least effort whose recall is as wanted, or else the best there is.
+
+    Args: queries: task → (B, D), B ≥ 1. exact: task → (B, K) rows of the exact answers, K = `at` or all there are.
+    """
+    efforts: Sequence[int | None] = KINDS[kind].efforts or (None,)
+    tasks = {}
+    for task, queries_BD in queries.items():
+        tried: list[Recall] = []
+        for effort in efforts:
+            share = float(shares_found(search(queries_BD, at, effort).rows_BK, exact[task]).mean())
+            low, high = interval(share, len(queries_BD))
+            tried.append(Recall(queries=len(queries_BD), value=share, low=low, high=high, effort=effort))
+            if share >= wanted:
+                break
+        tasks[task] = tried[-1] if tried[-1].value >= wanted else max(tried, key=lambda one: one.value)
+    return MeasuredRecall(at=at, wanted=wanted, tasks=tasks)
