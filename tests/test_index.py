@@ -248,9 +248,7 @@ def test_an_index_that_misses_its_recall_is_not_published_and_keeps_its_shards(
     folder: Path, approximate: tuple[Config, str]
 ) -> None:
     config, out = approximate
-    with pytest.raises(
-        RecallError, match=r"a pq index finds 0\.9\d+ of the exact best 10 of task nq"
-    ):
+    with pytest.raises(RecallError, match=r"a pq index finds 0\.9\d+ of the exact best 10 of task nq"):
         build.build_index(config, str(folder / "checkpoint"), str(folder / "prepared"), out)
     assert not Path(out).exists()
     assert len(list(Path(f"{out}-shards").iterdir())) == 3
