@@ -8,12 +8,17 @@ replica starts; `Api` checks requests and shapes answers and errors; the work is
 # import annotations` here), and helpers and error handlers must stand above the class.
 
 import asyncio
+import base64
 import dataclasses
 import json
+import platform
 import time
+from collections.abc import Sequence
+from importlib import metadata
 from typing import Any
 
 import click
+from cachetools import LRUCache
 from fastapi import FastAPI, HTTPException, Response
 from pydantic import ValidationError
 from ray import serve
@@ -22,16 +27,26 @@ from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from serve.deployments import FoundAll, Query, RetrieverDeployment
-from serve.errors import ERROR_RESPONSES, TooLarge, answer_errors
+from serve.admission import Admission, query_tokens
+from serve.deployments import Encoder, FoundAll, Search, Shard
+from serve.errors import ERROR_RESPONSES, Late, TooLarge, Uncovered, answer_errors
+from serve.guard import GuardMiddleware, Settings, configure, seen
+from serve.metrics import Metrics
+from serve.remote import ShardsLostError
 from serve.schema import (
-    MAX_QUERIES,
-    MAX_TOP_K,
     Answer,
     Coverage,
+    Embedding,
+    EmbedRequest,
+    EmbedResponse,
     HitModel,
     IndexInfo,
-    Limits,
+    InfoResponse,
+    OpenAIEmbedding,
+    OpenAIRequest,
+    OpenAIResponse,
+    OpenAIUsage,
+    PassageResponse,
     RetrieveRequest,
     RetrieveResponse,
     ServeArgs,
@@ -39,24 +54,29 @@ from serve.schema import (
     Status,
     TasksResponse,
     Time,
+    Version,
 )
-from taskspec import store
-from taskspec.errors import ConfigError, TaskspecError
+from taskspec import __version__, store
+from taskspec.errors import ConfigError, RequestError, TaskspecError
 from taskspec.index.manifest import KIND, IndexManifest
-from taskspec.model.contract import Contract
+from taskspec.model.contract import Contract, ContractTask
+from taskspec.retrieve.catalog import index_version
+from taskspec.retrieve.hits import Hit
 from taskspec.retrieve.retriever import check_request
 from taskspec.train.checkpoint import read_contract
 
 API_CPUS = 0.25
 """Logical share of a CPU that an HTTP replica reserves: it waits more than it works."""
-READY_TIMEOUT_S = 2.0
-"""How long `GET /ready` waits for a retriever before it says that there is none."""
+READY_TIMEOUT_S = 5.0
+"""How long `GET /ready` waits for a query to come back from every shard."""
 KILT_LINES: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/x-ndjson": {}}, "description": "JSON, or JSON lines with format kilt"}
 }
+NO_BATCH = Time(wait_ms=0, embed_ms=0, search_ms=0, total_ms=0, batch_queries=0, cached_queries=0)
 
 app = FastAPI(title="taskspec", description="One dense retriever for many retrieval tasks.", responses=ERROR_RESPONSES)
 answer_errors(app)
+app.add_middleware(GuardMiddleware)
 
 
 class Refusal(click.ClickException, RayServeException):
@@ -65,6 +85,15 @@ class Refusal(click.ClickException, RayServeException):
 
     def __init__(self, error: TaskspecError) -> None:
         super().__init__(f"{type(error).__name__}: {error}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """What the routes know of a version."""
+
+    version: Version
+    contract: Contract
+    index: IndexManifest
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -80,28 +109,40 @@ def build(args: dict[str, Any]) -> Application:
         problem = error.errors()[0]
         name, known = ".".join(map(str, problem["loc"])), ", ".join(ServeArgs.model_fields)
         raise Refusal(ConfigError(f"argument {name}: {problem['msg']}; known: {known}")) from error
-    return _build(settings)
-
-
-def _build(args: ServeArgs) -> Application:
     try:
-        contract = read_contract(args.checkpoint)
-        index = IndexManifest.of(args.index, store.read_manifest(args.index, KIND))
-        index.require_built_by(contract, args.checkpoint, args.index)
+        served = open_version(settings.checkpoint, settings.index)
     except TaskspecError as error:
         raise Refusal(error) from error
-    retriever = RetrieverDeployment.options(max_ongoing_requests=max(100, 2 * args.max_batch))
-    return Api.bind(retriever.bind(args), contract, index.fingerprint)
+    return _bind(settings, served)
 
 
-def _kilt_lines(request: RetrieveRequest, found: FoundAll) -> Response:
+def open_version(checkpoint: str, index: str) -> Served:
+    """Raises: ContractError, ArtifactError, StoreError."""
+    contract, manifest = read_contract(checkpoint), store.read_manifest(index, KIND)
+    facts = IndexManifest.of(index, manifest)
+    facts.require_built_by(contract, checkpoint, index)
+    return Served(Version(index_version(manifest.id), checkpoint, index), contract, facts)
+
+
+def _bind(args: ServeArgs, served: Served) -> Application:
+    count = args.shard_deployments or len(served.index.shards)
+    shards = [
+        Shard.options(name=f"Shard{number}", ray_actor_options={"num_cpus": args.shard_cpus}).bind(
+            args, served.version, number, count
+        )
+        for number in range(count)
+    ]
+    return Api.bind(args, served, Encoder.bind(args, served.version, shards))
+
+
+def _kilt_lines(request: RetrieveRequest, found: Sequence[Sequence[Hit]]) -> Response:
     """Predictions in KILT's format, one JSON line per query, pages best first."""
     lines = []
-    for number, (text, one) in enumerate(zip(request.queries, found.queries, strict=True)):
+    for number, (text, hits) in enumerate(zip(request.queries, found, strict=True)):
         provenance = [
             {"wikipedia_id": hit.wikipedia_id, "title": hit.title, "score": hit.score}
             | ({"text": hit.text} if request.with_text else {})
-            for hit in one.hits
+            for hit in hits
         ]
         line: dict[str, Any] = {"id": request.ids[number]} if request.ids else {}
         line |= {"input": text, "output": [{"answer": "", "provenance": provenance}]}
@@ -109,55 +150,153 @@ def _kilt_lines(request: RetrieveRequest, found: FoundAll) -> Response:
     return Response("".join(lines), media_type="application/x-ndjson")
 
 
-@serve.deployment(ray_actor_options={"num_cpus": API_CPUS}, max_ongoing_requests=1000)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Known:
+    """An answer that is kept."""
+
+    hits: list[Hit]
+    truncated: bool
+    complete: bool
+
+
+@serve.deployment(
+    ray_actor_options={"num_cpus": API_CPUS},
+    max_ongoing_requests=1000,
+    graceful_shutdown_timeout_s=60,
+    logging_config={"enable_access_log": False},
+)
 @serve.ingress(app)
 class Api:
     """The routes."""
 
-    def __init__(self, retriever: DeploymentHandle, contract: Contract, fingerprint: str) -> None:
-        self._retriever = retriever
-        self._contract = contract
-        self._fingerprint = fingerprint
+    def __init__(self, args: ServeArgs, served: Served, encoder: DeploymentHandle) -> None:
+        self._args, self._served, self._encoder = args, served, encoder
+        self._admission = Admission(args.limits.tokens_under_way)
+        self._known: LRUCache[Any, Known] = LRUCache(args.cached_queries)
+        self._metrics = Metrics(serve.get_replica_context().replica_tag)
+        configure(Settings(args.keys, args.limits.body_bytes, self._metrics.request))
 
     @app.post("/retrieve", response_model=RetrieveResponse, responses=KILT_LINES)
     async def retrieve(self, request: RetrieveRequest) -> RetrieveResponse | Response:
         """The best pages or passages for one query or several of one task."""
         began = time.monotonic()
-        texts = request.queries
-        if len(texts) > MAX_QUERIES:
-            raise TooLarge(f"query has {len(texts)} queries but a request may hold {MAX_QUERIES}", param="query")
-        check_request((task.name for task in self._contract.tasks), request.task, texts, request.top_k)
-        queries = [Query(text, request.task, request.top_k, request.level, request.with_text) for text in texts]
-        found: FoundAll = await self._retriever.search.remote(queries)
+        served, texts = self._served, request.queries
+        self._check(request.task, texts, request.timeout_ms, request.top_k)
+        chosen = len(request.only_pages or ()) + len(request.without_pages)
+        if chosen > self._args.limits.chosen_pages:
+            limit = self._args.limits.chosen_pages
+            raise TooLarge(f"only_pages and without_pages name {chosen} pages but may name {limit}", param="only_pages")
+        only = None if request.only_pages is None else tuple(sorted(set(request.only_pages)))
+        without = tuple(sorted(set(request.without_pages)))
+        search = Search(request.top_k, request.level, request.with_text, only, without)
+        keys = [(served.version.id, request.task, search, text) for text in texts]
+        answers = {number: self._known[key] for number, key in enumerate(keys) if key in self._known}
+        asked = [number for number in range(len(texts)) if number not in answers]
+        found = None
+        if asked:
+            found = await self._ask(request.task, [texts[n] for n in asked], search, request.timeout_ms)
+            self._require_covered(found, request.allow_partial)
+            for number, hits, truncated in zip(asked, found.hits, found.truncated, strict=True):
+                answers[number] = Known(hits, truncated, found.complete)
+                if not found.failed and self._args.cached_queries:
+                    self._known[keys[number]] = answers[number]
+        data = [answers[number] for number in range(len(texts))]
+        spent = self._spent(request.task, found, len(asked), len(texts) - len(asked), began)
+        if self._args.log_queries:
+            seen().facts["query"] = request.query
         if request.format == "kilt":
-            return _kilt_lines(request, found)
+            return _kilt_lines(request, [one.hits for one in data])
         return RetrieveResponse(
-            model=self._contract.name,
+            model=served.contract.name,
             task=request.task,
-            index=IndexInfo(alias=None, version=found.version, fingerprint=self._fingerprint),
+            index=self._index(),
             data=[
                 Answer(
                     query=text,
                     truncated=one.truncated,
+                    complete=one.complete,
                     hits=[HitModel(**dataclasses.asdict(hit)) for hit in one.hits],
                 )
-                for text, one in zip(texts, found.queries, strict=True)
+                for text, one in zip(texts, data, strict=True)
             ],
-            coverage=Coverage(full=True, shards=ShardCounts(total=found.shards, successful=found.shards, failed=0)),
-            time=Time(
-                wait_ms=round(found.wait_ms, 3),
-                embed_ms=round(found.last.embed_ms, 3),
-                search_ms=round(found.last.search_ms, 3),
-                total_ms=round((time.monotonic() - began) * 1000, 3),
-                batch_queries=found.last.queries,
-            ),
+            coverage=self._coverage(found),
+            time=spent,
+        )
+
+    @app.post("/embed")
+    async def embed(self, request: EmbedRequest) -> EmbedResponse:
+        """The embeddings of one query or several of one task, as /retrieve searches with them."""
+        began = time.monotonic()
+        self._check(request.task, request.queries, request.timeout_ms)
+        found = await self._ask(request.task, request.queries, None, request.timeout_ms)
+        self._spent(request.task, found, len(request.queries), 0, began)
+        return EmbedResponse(
+            model=self._served.contract.name,
+            task=request.task,
+            index=self._index(),
+            data=[
+                Embedding(embedding=row, truncated=cut)
+                for row, cut in zip(found.embeddings_BD.tolist(), found.truncated, strict=True)
+            ],
+            tokens=found.tokens,
+        )
+
+    @app.post("/v1/embeddings")
+    async def openai_embeddings(self, request: OpenAIRequest) -> OpenAIResponse:
+        """The same in the shape of OpenAI's API: `model` is `<name>@<task>`."""
+        began = time.monotonic()
+        name, _, task = request.model.partition("@")
+        tasks = [one.name for one in self._served.contract.tasks]
+        if name != self._served.contract.name or task not in tasks:
+            known = ", ".join(f"{self._served.contract.name}@{one}" for one in tasks)
+            raise RequestError(f"unknown model {request.model!r}; known: {known}", param="model")
+        self._check(task, request.queries, None, param="input")
+        found = await self._ask(task, request.queries, None, None)
+        self._spent(task, found, len(request.queries), 0, began)
+        rows: list[list[float] | str] = found.embeddings_BD.tolist()
+        if request.encoding_format == "base64":
+            little = found.embeddings_BD.astype("<f4")
+            rows = [base64.b64encode(row.tobytes()).decode() for row in little]
+        return OpenAIResponse(
+            data=[OpenAIEmbedding(index=number, embedding=row) for number, row in enumerate(rows)],
+            model=request.model,
+            usage=OpenAIUsage(prompt_tokens=found.tokens, total_tokens=found.tokens),
         )
 
     @app.get("/tasks")
     async def tasks(self) -> TasksResponse:
-        """What may be asked: the tasks of the model and the limits of a request."""
-        limits = Limits(queries_per_request=MAX_QUERIES, top_k=MAX_TOP_K)
-        return TasksResponse(model=self._contract.name, tasks=list(self._contract.tasks), limits=limits)
+        """What may be asked: the tasks of the model."""
+        return TasksResponse(model=self._served.contract.name, tasks=list(self._served.contract.tasks))
+
+    @app.get("/info")
+    async def info(self) -> InfoResponse:
+        """What answers here, and every limit."""
+        index = self._served.index
+        return InfoResponse(
+            model=self._served.contract.name,
+            index=self._index(),
+            passages=index.passages,
+            dimension=index.dimension,
+            shards=len(index.shards),
+            kind=index.kind,
+            recall={task: one.value for task, one in index.recall.tasks.items()},
+            limits=self._args.limits,
+            min_coverage=self._args.min_coverage,
+            keys=bool(self._args.keys),
+            versions={
+                "taskspec": __version__,
+                "python": platform.python_version(),
+                **{name: metadata.version(name) for name in ("ray", "torch", "transformers")},
+            },
+        )
+
+    @app.get("/passages/{passage_id}")
+    async def passage(self, passage_id: str) -> PassageResponse:
+        """The text of a passage, by the id that a hit carries."""
+        found = await self._encoder.passage.remote(self._served.version, passage_id)
+        if found is None:
+            raise HTTPException(404, f"the index has no passage {passage_id!r}")
+        return PassageResponse(id=found.pop("passage_id"), **found)
 
     @app.get("/health")
     async def health(self) -> Status:
@@ -166,9 +305,96 @@ class Api:
 
     @app.get("/ready")
     async def ready(self) -> Status:
-        """A retriever answers too; 503 otherwise."""
+        """A query comes back from every shard; 503 otherwise."""
+        contract = self._served.contract
         try:
-            await asyncio.wait_for(self._retriever.ready.remote(), READY_TIMEOUT_S)
-        except (TimeoutError, RayActorError, RayServeException) as error:
+            found = await self._run(contract.tasks[0], ["ready"], Search(1, "passage", False), READY_TIMEOUT_S)
+        except (RayActorError, RayServeException, ShardsLostError) as error:
             raise HTTPException(503, "no retriever answers; ask again, or see the Serve status") from error
+        if found is None or found.failed:
+            missing = "in time" if found is None else f"from shards {sorted(found.failed)}"
+            raise HTTPException(503, f"no answer {missing}; ask again, or see the Serve status")
         return Status(status="ready")
+
+    @app.get("/metrics")
+    async def metrics(self) -> Response:
+        """What this HTTP replica has counted, for Prometheus."""
+        return Response(self._metrics.text(self._admission.tokens), media_type="text/plain; version=0.0.4")
+
+    def _check(self, task: str, texts: list[str], timeout_ms: int | None, top_k: int = 1, param: str = "query") -> None:
+        """Raises: RequestError for what breaks a rule or a limit."""
+        limits = self._args.limits
+        if len(texts) > limits.queries:
+            raise TooLarge(f"{param} has {len(texts)} queries but a request may hold {limits.queries}", param=param)
+        if top_k > limits.top_k:
+            raise RequestError(f"top_k is {top_k} but may be {limits.top_k} at most", param="top_k")
+        if timeout_ms is not None and timeout_ms > limits.timeout_ms:
+            raise RequestError(f"timeout_ms is {timeout_ms} but may be {limits.timeout_ms} at most", param="timeout_ms")
+        check_request((one.name for one in self._served.contract.tasks), task, texts, top_k)
+
+    async def _ask(self, task: str, texts: list[str], search: Search | None, timeout_ms: int | None) -> FoundAll:
+        """Raises: Overloaded, Late, ShardsLostError, and what Serve raises if no encoder can be reached."""
+        (of_task,) = [one for one in self._served.contract.tasks if one.name == task]
+        timeout_ms = timeout_ms or self._args.limits.timeout_ms
+        with self._admission.admit(query_tokens(texts, of_task.max_query_tokens)):
+            found = await self._run(of_task, texts, search, timeout_ms / 1000)
+        if found is None:
+            raise Late(f"no answer within {timeout_ms} ms; ask for fewer queries, or with a longer timeout_ms")
+        return found
+
+    async def _run(self, task: ContractTask, texts: list[str], search: Search | None, left_s: float) -> FoundAll | None:
+        """Asks an encoder; one that dies meanwhile is replaced by another. None if it is too late."""
+        deadline = time.monotonic() + left_s
+        tokens = [query_tokens([text], task.max_query_tokens) for text in texts]
+        for last in (False, True):
+            left_s = deadline - time.monotonic()
+            call = self._encoder.run.remote(self._served.version, task.name, texts, tokens, search, left_s)
+            try:
+                found: FoundAll | None = await asyncio.wait_for(call, left_s)
+                return found
+            except TimeoutError:
+                return None
+            except RayActorError:
+                if last:
+                    raise
+        raise AssertionError
+
+    def _require_covered(self, found: FoundAll, allow_partial: bool) -> None:
+        """Raises: Uncovered."""
+        coverage = self._coverage(found)
+        if coverage.full:
+            return
+        counts = coverage.shards
+        missing = f"{counts.failed} of {counts.total} shards do not answer"
+        if not allow_partial:
+            raise Uncovered(f"{missing}; ask again, or with allow_partial for an answer from the rest")
+        if counts.successful < self._args.min_coverage * counts.total:
+            raise Uncovered(f"{missing}, min_coverage asks for {self._args.min_coverage:g} of them; ask again")
+
+    def _coverage(self, found: FoundAll | None) -> Coverage:
+        total = len(self._served.index.shards)
+        deployments = self._args.shard_deployments or total
+        failed = sum(number % deployments in found.failed for number in range(total)) if found else 0
+        counts = ShardCounts(total=total, successful=total - failed, failed=failed)
+        return Coverage(full=not failed, shards=counts)
+
+    def _spent(self, task: str, found: FoundAll | None, asked: int, cached: int, began: float) -> Time:
+        """Where the request's time went; also for the log and the metrics."""
+        self._metrics.queries(task, asked, cached)
+        total_ms = round((time.monotonic() - began) * 1000, 3)
+        spent = NO_BATCH.model_copy(update={"total_ms": total_ms, "cached_queries": cached})
+        if found is not None:
+            spent = Time(
+                wait_ms=round(found.wait_ms, 3),
+                embed_ms=round(found.last.embed_ms, 3),
+                search_ms=round(found.last.search_ms, 3),
+                total_ms=total_ms,
+                batch_queries=found.last.queries,
+                cached_queries=cached,
+            )
+            self._metrics.stages(spent.wait_ms, spent.embed_ms, spent.search_ms, spent.batch_queries)
+        seen().facts |= {"task": task, "queries": asked + cached, **spent.model_dump()}
+        return spent
+
+    def _index(self) -> IndexInfo:
+        return IndexInfo(alias=None, version=self._served.version.id, fingerprint=self._served.index.fingerprint)

@@ -1,39 +1,71 @@
-"""The retriever as a Serve deployment: the queries of concurrent requests become batches.
+"""What Serve runs behind the routes: the query encoder, which batches, and one deployment per shard of the index.
 
-Path: app → [here] → taskspec.retrieve.  A batch is embedded and searched in a thread, so that the event loop goes on
-collecting the next one. Requests come checked; nothing here knows HTTP.
+Path: app → encoder → shards → encoder → app. A batch of queries of any requests, tasks and versions is embedded in one
+thread while the last one is still being searched; each search goes to all shards once. Requests come checked; nothing
+here knows HTTP.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 import faiss
 import numpy as np
 import torch
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 
-from serve.schema import ServeArgs
+from serve.batching import Batcher, LateError
+from serve.remote import RemoteShards
+from serve.schema import ServeArgs, Version
+from taskspec import store
+from taskspec.index.manifest import KIND, PASSAGES_FILE, IndexManifest
+from taskspec.index.page_ids import PAGE_ID_FILES
+from taskspec.index.shard import Results, load_shard
+from taskspec.model.encoder import TextEncoder
+from taskspec.retrieve.catalog import Catalog, LocalShards
 from taskspec.retrieve.hits import Hit, Level
-from taskspec.retrieve.retriever import Retriever
+from taskspec.train.checkpoint import open_encoder
 
 Key = TypeVar("Key", bound=Hashable)
+Opened = TypeVar("Opened")
+TOP_K_STEPS = (10, 100, 1000)
+"""Searches for as many results are shared by queries that ask for fewer."""
+SEARCH_THREADS = 16
+"""Batches that may wait for shards at the same time."""
+NO_ACCESS_LOG = {"enable_access_log": False}
+"""`guard` writes a line per request."""
 
 
 @dataclass(frozen=True, slots=True)
-class Query:
-    """One query of a request."""
+class Search:
+    """What a request asks of its queries."""
 
-    text: str
-    task: str
     top_k: int
     level: Level
     with_text: bool
+    only_pages: tuple[str, ...] | None = None
+    without_pages: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Queries of one task for one batch."""
+
+    version: Version
+    task: str
+    texts: tuple[str, ...]
+    search: Search | None
+    """None asks for embeddings."""
+    deadline: float
+    """By the encoder's monotonic clock."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,85 +74,250 @@ class Batch:
 
     began: float
     """By the replica's monotonic clock, in seconds."""
-    embed_ms: float
-    search_ms: float
     queries: int
+    embed_ms: float
+    search_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What was found for one query."""
+class Embedded:
+    """Between the two stages."""
 
-    hits: list[Hit]
-    truncated: bool
+    embeddings_BD: np.ndarray
+    truncated_B: np.ndarray
+    tokens_B: np.ndarray
     batch: Batch
 
 
 @dataclass(frozen=True, slots=True)
-class FoundAll:
-    """What was found for one request."""
+class Found:
+    """What was made of one `Ask`."""
 
-    queries: list[Found]
+    embedded: Embedded
+    hits: list[list[Hit]] | None
+    """None if only embeddings were asked for."""
+    complete: bool
+    """Whether each query has as many hits as it asked for, or all there are."""
+    failed: frozenset[int]
+    """Shard deployments that did not answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoundAll:
+    """What was made of one request."""
+
+    hits: list[list[Hit]]
+    embeddings_BD: np.ndarray
+    truncated: list[bool]
+    tokens: int
+    complete: bool
+    failed: frozenset[int]
     last: Batch
     """The batch that the request waited for longest."""
     wait_ms: float
     """Until that batch began."""
-    version: str
-    """Of the index."""
-    shards: int
-    """How many the search went through."""
 
 
-@serve.deployment(name="Retriever", logging_config={"enable_access_log": False})  # the HTTP replica has one
-class RetrieverDeployment:
-    """One retriever per replica."""
+class Versions(Generic[Opened]):
+    """What a replica has open: the versions that are served, and one that is being brought in."""
 
-    def __init__(self, args: ServeArgs) -> None:
-        threads = args.threads or os.cpu_count() or 1
-        torch.set_num_threads(threads)
-        faiss.omp_set_num_threads(threads)
-        self._retriever = Retriever.open(args.checkpoint, args.index)
-        self._found.set_max_batch_size(args.max_batch)
-        self._found.set_batch_wait_timeout_s(args.batch_wait_ms / 1000)
+    def __init__(self, open_one: Callable[[Version], Opened]) -> None:
+        self._open_one = open_one
+        self._opened: dict[str, Opened] = {}
+        self._lock = threading.Lock()
 
-    async def search(self, queries: Sequence[Query]) -> FoundAll:
-        """Each query joins a batch by itself, in turn, so a long request is spread over as many as it needs."""
+    def get(self, version: Version) -> Opened:
+        """Opens it first where that is new here; safe from threads.    Raises: ArtifactError, StoreError."""
+        opened = self._opened.get(version.id)
+        if opened is None:
+            with self._lock:
+                if version.id not in self._opened:
+                    self._opened[version.id] = self._open_one(version)
+                opened = self._opened[version.id]
+        return opened
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """What an encoder replica needs of a version."""
+
+    encoder: TextEncoder
+    catalog: Catalog
+
+
+def open_model(version: Version) -> OpenModel:
+    artifact = store.open_artifact(version.index, KIND, verify=True, files=(PASSAGES_FILE, *PAGE_ID_FILES))
+    manifest = IndexManifest.of(version.index, artifact.manifest)
+    return OpenModel(open_encoder(version.checkpoint), Catalog.open(artifact.folder, manifest, version.id))
+
+
+@serve.deployment(max_ongoing_requests=256, graceful_shutdown_timeout_s=30, logging_config=NO_ACCESS_LOG)
+class Encoder:
+    """Embeds queries, asks the shards, and makes hits of what they find."""
+
+    async def __init__(self, args: ServeArgs, version: Version, shards: list[DeploymentHandle]) -> None:
+        torch.set_num_threads(args.threads or os.cpu_count() or 1)
+        self._calls = [handle.run.remote for handle in shards]
+        self._most_tokens = args.batch_tokens
+        self._models = Versions(open_model)
+        self._embedding = ThreadPoolExecutor(1, "embed")
+        self._searching = ThreadPoolExecutor(SEARCH_THREADS, "search")
+        await asyncio.get_running_loop().run_in_executor(self._embedding, self._models.get, version)
+        self._batcher: Batcher[Ask, Embedded, Found] = Batcher(self._embed, self._search, args.batch_tokens)
+
+    async def run(
+        self,
+        version: Version,
+        task: str,
+        texts: Sequence[str],
+        tokens: Sequence[int],
+        search: Search | None,
+        left_s: float,
+    ) -> FoundAll | None:
+        """Args: tokens: of each text, about. left_s: until the deadline.    Returns: None if it is too late.
+
+        Raises: ShardsLostError.
+        """
         came = time.monotonic()
-        found: list[Found] = await asyncio.gather(*(self._found(query) for query in queries))
-        last = max((one.batch for one in found), key=lambda batch: batch.began)
-        wait_ms = (last.began - came) * 1000
-        return FoundAll(found, last, wait_ms, self._retriever.version, self._retriever.shards)
+        asks = [
+            (Ask(version, task, tuple(texts[start:stop]), search, came + left_s), sum(tokens[start:stop]))
+            for start, stop in _cuts(tokens, self._most_tokens)
+        ]
+        try:
+            parts = await asyncio.gather(*(self._batcher.add(ask, size, ask.deadline) for ask, size in asks))
+        except LateError:
+            return None
+        last = max((part.embedded.batch for part in parts), key=lambda batch: batch.began)
+        return FoundAll(
+            hits=[hits for part in parts for hits in part.hits or ()],
+            embeddings_BD=np.concatenate([part.embedded.embeddings_BD for part in parts]),
+            truncated=[bool(cut) for part in parts for cut in part.embedded.truncated_B],
+            tokens=sum(int(part.embedded.tokens_B.sum()) for part in parts),
+            complete=all(part.complete for part in parts),
+            failed=frozenset().union(*(part.failed for part in parts)),
+            last=last,
+            wait_ms=(last.began - came) * 1000,
+        )
 
-    async def ready(self) -> bool:
-        """Answers once the index and the model are open."""
-        return True
+    async def passage(self, version: Version, passage_id: str) -> dict[str, str] | None:
+        """One passage by its id."""
+        return await asyncio.to_thread(lambda: self._models.get(version).catalog.passage(passage_id))
 
-    @serve.batch
-    async def _found(self, queries: list[Query]) -> list[Found]:
-        return await asyncio.to_thread(self._run, queries)
+    async def _embed(self, asks: list[Ask]) -> list[Embedded]:
+        return await asyncio.get_running_loop().run_in_executor(self._embedding, self._embed_batch, asks)
 
-    def _run(self, queries: Sequence[Query]) -> list[Found]:
+    def _embed_batch(self, asks: Sequence[Ask]) -> list[Embedded]:
         began = time.monotonic()
-        embeddings_BD = np.empty((len(queries), self._retriever.contract.dimension), dtype=np.float32)
-        truncated_B = np.empty(len(queries), dtype=bool)
-        for task, rows in _numbers_by(query.task for query in queries):
-            texts = [queries[row].text for row in rows]
-            embeddings_BD[rows], truncated_B[rows] = self._retriever.embed(task, texts)
-        embedded = time.monotonic()
-        hits: dict[int, list[Hit]] = {}
-        for (effort, top_k, level, with_text), rows in _numbers_by(
-            (self._retriever.effort(q.task), q.top_k, q.level, q.with_text) for q in queries
-        ):
-            results = self._retriever.search_embeddings(embeddings_BD[rows], top_k, level, with_text, effort)
-            hits.update(zip(rows, results, strict=True))
-        searched = time.monotonic()
-        batch = Batch(began, (embedded - began) * 1000, (searched - embedded) * 1000, len(queries))
-        return [Found(hits[row], bool(truncated_B[row]), batch) for row in range(len(queries))]
+        parts: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        for (version, task), numbers in _numbers_by((ask.version, ask.task) for ask in asks):
+            encoder = self._models.get(version).encoder
+            texts = [text for number in numbers for text in asks[number].texts]
+            queries = encoder.tokenizer.queries(task, texts)
+            columns = encoder.embed_tokens(queries), queries.truncated_B, queries.mask_BL.sum(axis=1)
+            stops = np.cumsum([len(asks[number].texts) for number in numbers])[:-1]
+            parts.update(zip(numbers, zip(*(np.split(column, stops) for column in columns), strict=True), strict=True))
+        batch = Batch(began, sum(len(ask.texts) for ask in asks), (time.monotonic() - began) * 1000)
+        return [Embedded(*parts[number], batch) for number in range(len(asks))]
+
+    async def _search(self, asks: list[Ask], embedded: list[Embedded]) -> list[Found]:
+        """One search for all asks that can share it; the groups side by side."""
+        loop = asyncio.get_running_loop()
+        groups = [numbers for _, numbers in _numbers_by(map(self._group, asks))]
+
+        def search(numbers: list[int]) -> list[Found]:
+            return self._search_group([asks[n] for n in numbers], [embedded[n] for n in numbers], loop)
+
+        parts = await asyncio.gather(*(loop.run_in_executor(self._searching, search, numbers) for numbers in groups))
+        found: dict[int, Found] = {}
+        for numbers, part in zip(groups, parts, strict=True):
+            found.update(zip(numbers, part, strict=True))
+        return [found[number] for number in range(len(asks))]
+
+    def _group(self, ask: Ask) -> Hashable:
+        if ask.search is None:
+            return None
+        search = ask.search
+        steps = sum(search.top_k > step for step in TOP_K_STEPS)
+        effort = self._models.get(ask.version).catalog.effort(ask.task)
+        return ask.version, effort, search.level, search.with_text, search.only_pages, search.without_pages, steps
+
+    def _search_group(
+        self, asks: Sequence[Ask], embedded: Sequence[Embedded], loop: asyncio.AbstractEventLoop
+    ) -> list[Found]:
+        began = time.monotonic()
+        first = asks[0]
+        if first.search is None:
+            return [Found(one, None, True, frozenset()) for one in embedded]
+        catalog = self._models.get(first.version).catalog
+        search = first.search
+        pages = catalog.choose_pages(search.only_pages, search.without_pages)
+        shards = RemoteShards(self._calls, loop, first.version, max(ask.deadline for ask in asks))
+        hits = catalog.search(
+            shards,
+            np.concatenate([one.embeddings_BD for one in embedded]),
+            max(ask.search.top_k for ask in asks if ask.search),
+            search.level,
+            search.with_text,
+            catalog.effort(first.task),
+            pages,
+        )
+        search_ms = (time.monotonic() - began) * 1000
+        found, start = [], 0
+        for ask, one in zip(asks, embedded, strict=True):
+            assert ask.search is not None
+            own = [each[: ask.search.top_k] for each in hits[start : start + len(ask.texts)]]
+            start += len(ask.texts)
+            batch = Batch(one.batch.began, one.batch.queries, one.batch.embed_ms, search_ms)
+            there_are = min(ask.search.top_k, catalog.count(search.level, pages))
+            complete = not shards.failed and all(len(each) >= there_are for each in own)
+            with_time = Embedded(one.embeddings_BD, one.truncated_B, one.tokens_B, batch)
+            found.append(Found(with_time, own, complete, frozenset(shards.failed)))
+        return found
 
 
-def _numbers_by(keys: Iterable[Key]) -> Iterable[tuple[Key, list[int]]]:
+@serve.deployment(max_ongoing_requests=SEARCH_THREADS, graceful_shutdown_timeout_s=30, logging_config=NO_ACCESS_LOG)
+class Shard:
+    """The shards of an index with this deployment's number, plus any multiple of the number of deployments."""
+
+    async def __init__(self, args: ServeArgs, version: Version, number: int, of: int) -> None:
+        faiss.omp_set_num_threads(args.shard_threads or os.cpu_count() or 1)
+        self._number, self._of = number, of
+        self._versions = Versions(self._open)
+        await asyncio.to_thread(self._versions.get, version)
+
+    def _open(self, version: Version) -> LocalShards:
+        manifest = IndexManifest.of(version.index, store.read_manifest(version.index, KIND))
+        own = manifest.shards[self._number :: self._of]
+        artifact = store.open_artifact(version.index, KIND, verify=True, files=[shard.file for shard in own])
+        return LocalShards([load_shard(artifact.folder / s.file, manifest.kind, s.row_start, s.max_norm) for s in own])
+
+    async def run(self, version: Version, left_s: float, method: str, *arguments: Any) -> Results:
+        """`search` or `rank` of `LocalShards`.    Raises: TimeoutError if nobody waits for it any more."""
+        deadline = time.monotonic() + left_s
+        return await asyncio.to_thread(self._run, version, deadline, method, arguments)
+
+    def _run(self, version: Version, deadline: float, method: str, arguments: tuple[Any, ...]) -> Results:
+        shards = self._versions.get(version)
+        if time.monotonic() >= deadline:
+            raise TimeoutError
+        results: Results = getattr(shards, method)(*arguments)
+        return results
+
+
+def _numbers_by(keys: Iterable[Key]) -> list[tuple[Key, list[int]]]:
     """Each distinct key with the numbers of the places where it stands."""
     groups: dict[Key, list[int]] = {}
     for number, key in enumerate(keys):
         groups.setdefault(key, []).append(number)
-    return groups.items()
+    return list(groups.items())
+
+
+def _cuts(tokens: Sequence[int], most: int) -> list[tuple[int, int]]:
+    """Start and stop of runs that have at most so many tokens together, or one text."""
+    cuts, start, size = [], 0, 0
+    for number, count in enumerate(tokens):
+        if number > start and size + count > most:
+            cuts.append((start, number))
+            start, size = number, 0
+        size += count
+    return [*cuts, (start, len(tokens))]

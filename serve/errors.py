@@ -15,13 +15,18 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.exceptions import HTTPException
 
-from serve.schema import Error, ErrorResponse, RetrieveRequest
+from serve.admission import Overloaded
+from serve.guard import seen
+from serve.remote import ShardsLostError
+from serve.schema import EmbedRequest, Error, ErrorResponse, OpenAIRequest, RetrieveRequest
 from taskspec.errors import RequestError
 
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (400, 404, 405, 413, 422, 500, 503)
+    status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 405, 413, 422, 429, 500, 503, 504)
 }
 """What `/docs` says of errors."""
+BODIES = {"/retrieve": RetrieveRequest, "/embed": EmbedRequest, "/v1/embeddings": OpenAIRequest}
+RETRY_AFTER = {"retry-after": "1"}
 
 logger = logging.getLogger("ray.serve")
 
@@ -30,27 +35,39 @@ class TooLarge(RequestError):
     """A request that asks for more at once than the server does."""
 
 
+class Late(Exception):
+    """The request's own deadline has come."""
+
+
+class Uncovered(Exception):
+    """Too little of the index answers, or not all of it where all is wanted."""
+
+
 def answer_errors(app: FastAPI) -> None:
     """Makes an application answer its errors in this shape. Call it before `serve.ingress`, which copies the app."""
     app.add_exception_handler(RequestError, _rule_of_the_retriever)
     app.add_exception_handler(RequestValidationError, _rule_of_the_schema)
     app.add_exception_handler(HTTPException, _refusal)
+    app.add_exception_handler(Overloaded, _overload)
+    app.add_exception_handler(Late, _deadline)
+    for kind in (Uncovered, ShardsLostError):
+        app.add_exception_handler(kind, _no_shard)
     for kind in (RayActorError, DeploymentUnavailableError, BackPressureError):
-        app.add_exception_handler(kind, _no_retriever)
+        app.add_exception_handler(kind, _no_encoder)
     app.add_exception_handler(Exception, _fault)
 
 
-def _answer(request: Request, status: int, error: Error) -> JSONResponse:
-    request_id = request.headers.get("x-request-id", "")  # the client's, or one that Serve's proxy made
-    return JSONResponse(ErrorResponse(error=error, request_id=request_id).model_dump(), status_code=status)
+def _answer(status: int, error: Error, headers: dict[str, str] | None = None) -> JSONResponse:
+    content = ErrorResponse(error=error, request_id=seen().request_id).model_dump()
+    return JSONResponse(content, status_code=status, headers=headers)
 
 
 async def _rule_of_the_retriever(request: Request, exception: Exception) -> JSONResponse:
     error = cast(RequestError, exception)
     if isinstance(error, TooLarge):
-        return _answer(request, 413, Error(message=str(error), type="too_large", param=error.param, code="too_long"))
+        return _answer(413, Error(message=str(error), type="too_large", param=error.param, code="too_long"))
     code = f"invalid_{error.param}"
-    return _answer(request, 422, Error(message=str(error), type="invalid_request", param=error.param, code=code))
+    return _answer(422, Error(message=str(error), type="invalid_request", param=error.param, code=code))
 
 
 async def _rule_of_the_schema(request: Request, exception: Exception) -> JSONResponse:
@@ -61,34 +78,51 @@ async def _rule_of_the_schema(request: Request, exception: Exception) -> JSONRes
     status = 422
     if problem["type"] == "json_invalid":
         message, param, status = f"the body is not JSON: {problem['ctx']['error']}", None, 400
-    elif problem["type"] == "extra_forbidden":
-        message = f"unknown field {param}; known: {', '.join(RetrieveRequest.model_fields)}"
+    elif problem["type"] == "extra_forbidden" and request.url.path in BODIES:
+        message = f"unknown field {param}; known: {', '.join(BODIES[request.url.path].model_fields)}"
     elif param:
         message = f"{param}: {message}"
-    return _answer(request, status, Error(message=message, type="invalid_request", param=param, code=problem["type"]))
+    return _answer(status, Error(message=message, type="invalid_request", param=param, code=problem["type"]))
 
 
 async def _refusal(request: Request, exception: Exception) -> JSONResponse:
-    """No such route or method, or nobody behind it."""
+    """No such route or method, nothing of that id, a body that is too long, or nobody behind the route."""
     error = cast(HTTPException, exception)
     message = f"{request.method} {request.url.path}: {error.detail}"
     if error.status_code == 404:
-        return _answer(request, 404, Error(message=message, type="not_found", param=None, code="no_route"))
+        code = "no_route" if error.detail == "Not Found" else "not_found"
+        return _answer(404, Error(message=message, type="not_found", param=None, code=code))
+    if error.status_code == 413:
+        return _answer(413, Error(message=error.detail, type="too_large", param=None, code="body"))
     if error.status_code == 503:
-        return _answer(request, 503, Error(message=message, type="unavailable", param=None, code="not_ready"))
-    return _answer(
-        request, error.status_code, Error(message=message, type="invalid_request", param=None, code="method")
-    )
+        return _answer(503, Error(message=message, type="unavailable", param=None, code="not_ready"), RETRY_AFTER)
+    code = "method" if error.status_code == 405 else "request"
+    return _answer(error.status_code, Error(message=message, type="invalid_request", param=None, code=code))
 
 
-async def _no_retriever(request: Request, exception: Exception) -> JSONResponse:
-    """The retriever's process is gone, or takes no more."""
-    message = "no retriever could take the request; send it again"
-    return _answer(request, 503, Error(message=message, type="unavailable", param=None, code="no_replica"))
+async def _overload(request: Request, exception: Exception) -> JSONResponse:
+    error = cast(Overloaded, exception)
+    told = Error(message=str(error), type="overloaded", param=None, code="tokens_under_way")
+    return _answer(429, told, {"retry-after": str(error.retry_after_s)})
+
+
+async def _deadline(request: Request, exception: Exception) -> JSONResponse:
+    return _answer(504, Error(message=str(exception), type="deadline", param="timeout_ms", code="deadline"))
+
+
+async def _no_shard(request: Request, exception: Exception) -> JSONResponse:
+    """Shards of the index do not answer."""
+    return _answer(503, Error(message=str(exception), type="unavailable", param=None, code="no_shard"), RETRY_AFTER)
+
+
+async def _no_encoder(request: Request, exception: Exception) -> JSONResponse:
+    """The encoder's process is gone, or takes no more."""
+    message = "no encoder could take the request; send it again"
+    return _answer(503, Error(message=message, type="unavailable", param=None, code="no_replica"), RETRY_AFTER)
 
 
 async def _fault(request: Request, exception: Exception) -> JSONResponse:
     """Ours: the log has the details, under the request's id."""
-    logger.error("request failed", exc_info=exception)
+    logger.error("request %s failed", seen().request_id, exc_info=exception)
     message = "the server failed on this request; its log has the details under the request_id"
-    return _answer(request, 500, Error(message=message, type="internal", param=None, code="internal"))
+    return _answer(500, Error(message=message, type="internal", param=None, code="internal"))

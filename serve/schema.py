@@ -5,18 +5,42 @@ Path: [here] ← app, deployments.  Field names and defaults of `POST /retrieve`
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from serve.keys import Key
 from taskspec.model.contract import ContractTask
 from taskspec.retrieve.hits import Level
 from taskspec.sections import Section
 
-MAX_TOP_K = 1000
-"""Most hits per query that a request may ask for."""
-MAX_QUERIES = 1000
-"""Most queries that one request may hold."""
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """An index and the checkpoint that it was built from."""
+
+    id: str
+    """Of the index, as answers carry it: the first 12 characters of its artifact's id."""
+    checkpoint: str
+    index: str
+
+
+class Limits(Section):
+    """What a request may ask for, and what a replica takes on. `GET /info` shows it."""
+
+    body_bytes: int = Field(4_000_000, ge=1000)
+    """Longest body of a request."""
+    queries: int = Field(1000, ge=1)
+    """Most queries that one request may hold."""
+    top_k: int = Field(1000, ge=1)
+    """Most hits per query."""
+    chosen_pages: int = Field(10_000, ge=1)
+    """Most pages in `only_pages` and `without_pages` together."""
+    timeout_ms: int = Field(30_000, ge=1)
+    """Longest time that a request may ask for, and what it gets if it does not ask."""
+    tokens_under_way: int = Field(100_000, ge=1)
+    """Query tokens, about, that one HTTP replica has under way; what would be more is refused with 429."""
 
 
 class ServeArgs(Section):
@@ -26,12 +50,25 @@ class ServeArgs(Section):
     """URI that jobs.train printed."""
     index: str
     """URI that jobs.index printed for this checkpoint."""
-    max_batch: int = Field(64, ge=1)
-    """Queries, of any requests, that are embedded and searched together."""
-    batch_wait_ms: float = Field(5, ge=0)
-    """How long a query waits for others to share its batch."""
+    keys: tuple[Key, ...] = ()
+    """Who may ask, by the hash of a key (`python -m serve.keys NAME`); none: anybody."""
+    limits: Limits = Limits()
+    batch_tokens: int = Field(4096, ge=1)
+    """Tokens, about, of the queries that are embedded together."""
+    cached_queries: int = Field(10_000, ge=0)
+    """Answers that each HTTP replica keeps; 0 keeps none."""
+    min_coverage: float = Field(0.5, ge=0, le=1)
+    """Share of the shards without which even a request with allow_partial is refused."""
+    shard_deployments: int | None = Field(None, ge=1)
+    """None is one for each shard of the index."""
+    shard_cpus: float = Field(0.5, gt=0)
+    """Logical CPUs that a shard's replica reserves."""
     threads: int | None = Field(None, ge=1)
-    """Threads of one retriever replica; None is every core of its node."""
+    """Threads of one encoder replica; None is every core of its node."""
+    shard_threads: int | None = Field(None, ge=1)
+    """Threads of one shard replica; None is every core of its node."""
+    log_queries: bool = False
+    """Whether the log of requests holds their queries."""
 
 
 class Model(BaseModel):
@@ -47,12 +84,20 @@ class RetrieveRequest(Model):
     """The task's input as it stands in its files; the prompt is put round it here."""
     task: str
     """One of `GET /tasks`."""
-    top_k: int = Field(10, ge=1, le=MAX_TOP_K)
+    top_k: int = Field(10, ge=1)
     """Hits per query."""
     level: Level = "page"
     """`page` gives each page once, ranked by its best passage."""
     with_text: bool = False
     """Whether hits carry the passage's text (at page level that of the page's best passage)."""
+    only_pages: list[str] | None = None
+    """wikipedia ids of the pages that may be found; unknown ones match nothing."""
+    without_pages: list[str] = []
+    """wikipedia ids of pages that may not be found."""
+    timeout_ms: int | None = Field(None, ge=1)
+    """How long the answer is waited for: work that cannot be done by then is not begun, and the answer is 504."""
+    allow_partial: bool = False
+    """Whether to answer from the rest of the index while a shard is down; `coverage` tells. Otherwise that is 503."""
     format: Literal["default", "kilt"] = "default"
     """`kilt` answers with one JSON line per query, as KILT's retrieval evaluation reads predictions: `id`, `input`,
     and one `output` whose `provenance` lists the pages best first; its `answer` is empty."""
@@ -70,9 +115,7 @@ class RetrieveRequest(Model):
     @field_validator("query")
     @classmethod
     def _some(cls, query: str | list[str]) -> str | list[str]:
-        if not query:
-            raise ValueError("needs a query, or a list with at least one")
-        return query
+        return _at_least_one(query)
 
     @field_validator("format")
     @classmethod
@@ -100,6 +143,12 @@ def _as_list(value: str | list[str]) -> list[str]:
     return [value] if isinstance(value, str) else value
 
 
+def _at_least_one(query: str | list[str]) -> str | list[str]:
+    if not query:
+        raise ValueError("needs a query, or a list with at least one")
+    return query
+
+
 class HitModel(Model):
     """One result; the fields are those of `taskspec.retrieve.retriever.Hit`."""
 
@@ -111,15 +160,6 @@ class HitModel(Model):
     text: str | None
 
 
-class Answer(Model):
-    """The hits of one query."""
-
-    query: str
-    truncated: bool
-    """Whether the query was longer than its task's max_query_tokens and was cut."""
-    hits: list[HitModel]
-
-
 class IndexInfo(Model):
     """Which index answered."""
 
@@ -129,6 +169,94 @@ class IndexInfo(Model):
     """First 12 characters of the index artifact's id."""
     fingerprint: str
     """Of the contract under which it was built."""
+
+
+class EmbedRequest(Model):
+    """A query, or several of one task."""
+
+    query: str | list[str]
+    task: str
+    timeout_ms: int | None = Field(None, ge=1)
+
+    @property
+    def queries(self) -> list[str]:
+        return _as_list(self.query)
+
+    @field_validator("query")
+    @classmethod
+    def _some(cls, query: str | list[str]) -> str | list[str]:
+        return _at_least_one(query)
+
+
+class Embedding(Model):
+    embedding: list[float]
+    truncated: bool
+
+
+class EmbedResponse(Model):
+    """The answer of `POST /embed`."""
+
+    model: str
+    task: str
+    index: IndexInfo
+    """The index that these embeddings can search."""
+    data: list[Embedding]
+    """In the order of the queries."""
+    tokens: int
+    """Of all queries, prompts included."""
+
+
+class OpenAIRequest(Model):
+    """The part of OpenAI's request for embeddings that has a meaning here."""
+
+    input: str | list[str]
+    model: str
+    """`<name>@<task>`."""
+    encoding_format: Literal["float", "base64"] = "float"
+    """base64 is of the float32 numbers, little-endian."""
+    user: str | None = None
+    """Is not used."""
+
+    @property
+    def queries(self) -> list[str]:
+        return _as_list(self.input)
+
+    @field_validator("input")
+    @classmethod
+    def _some(cls, query: str | list[str]) -> str | list[str]:
+        return _at_least_one(query)
+
+
+class OpenAIEmbedding(Model):
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class OpenAIUsage(Model):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class OpenAIResponse(Model):
+    """The answer of `POST /v1/embeddings`."""
+
+    object: Literal["list"] = "list"
+    data: list[OpenAIEmbedding]
+    model: str
+    usage: OpenAIUsage
+
+
+class Answer(Model):
+    """The hits of one query."""
+
+    query: str
+    truncated: bool
+    """Whether the query was longer than its task's max_query_tokens and was cut."""
+    complete: bool
+    """Whether these are top_k hits, or all that there are. False where shards did not answer, or where an approximate
+    index reached no more pages among those that may be found."""
+    hits: list[HitModel]
 
 
 class ShardCounts(Model):
@@ -155,6 +283,8 @@ class Time(Model):
     total_ms: float
     batch_queries: int
     """Queries in the batch, those of other requests included."""
+    cached_queries: int
+    """Queries of this request whose answer was known."""
 
 
 class RetrieveResponse(Model):
@@ -169,19 +299,40 @@ class RetrieveResponse(Model):
     time: Time
 
 
-class Limits(Model):
-    """What a request may ask for at most."""
-
-    queries_per_request: int
-    top_k: int
-
-
 class TasksResponse(Model):
     """The answer of `GET /tasks`."""
 
     model: str
     tasks: list[ContractTask]
+
+
+class InfoResponse(Model):
+    """The answer of `GET /info`."""
+
+    model: str
+    index: IndexInfo
+    passages: int
+    dimension: int
+    shards: int
+    kind: str
+    """Of index."""
+    recall: dict[str, float]
+    """Task → share of the exact best passages that its searches find, as measured when the index was built."""
     limits: Limits
+    min_coverage: float
+    keys: bool
+    """Whether a key is needed."""
+    versions: dict[str, str]
+    """Of the software."""
+
+
+class PassageResponse(Model):
+    """The answer of `GET /passages/{id}`."""
+
+    id: str
+    wikipedia_id: str
+    title: str
+    text: str
 
 
 class Status(Model):
@@ -192,7 +343,16 @@ class Status(Model):
 
 class Error(Model):
     message: str
-    type: Literal["invalid_request", "not_found", "too_large", "unavailable", "internal"]
+    type: Literal[
+        "invalid_request",
+        "unauthorized",
+        "not_found",
+        "too_large",
+        "overloaded",
+        "unavailable",
+        "deadline",
+        "internal",
+    ]
     param: str | None
     """The field of the request that is at fault."""
     code: str

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import errno
+import fcntl
 import fnmatch
 import hashlib
 import io
@@ -17,7 +18,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -359,25 +360,27 @@ def read_manifest(uri: str, kind: str) -> Manifest:
     return manifest
 
 
-def open_artifact(uri: str, kind: str, *, verify: bool = False) -> Artifact:
-    """Opens an artifact of that kind; one on S3 is fetched once into a cache of this node, keyed by its id.
+def open_artifact(uri: str, kind: str, *, verify: bool = False, files: Iterable[str] | None = None) -> Artifact:
+    """Opens an artifact of that kind; files on S3 are fetched once into a cache of this node, keyed by their sha256.
 
-    Args: verify: compare the sha256 of every file (files fetched from S3 always are).
+    Args: verify: compare the sha256 of every file, whole or in the cache (a file just fetched always is compared).
+        files: only these are needed here; None is all.
     Raises: ArtifactError naming the missing, truncated or altered file.
     """
     manifest = read_manifest(uri, kind)
-    folder = Path(uri)
+    try:
+        needed = manifest.files if files is None else {name: manifest.files[name] for name in files}
+    except KeyError as error:
+        raise ArtifactError(f"{uri}: {error.args[0]} is not in the manifest; make the {kind} again") from error
     if is_s3(uri):
-        folder = cache_folder() / manifest.id
-        if not (folder / MANIFEST).exists():
-            _fetch(uri, manifest, folder)
-    for name, sha256 in manifest.files.items():
-        path = folder / name
+        return Artifact(uri, manifest, _fetch(uri, manifest, needed, verify))
+    for name, sha256 in needed.items():
+        path = Path(uri) / name
         if not path.is_file():
             raise ArtifactError(f"{uri}: {name} is missing; make the {kind} again")
         if verify and file_sha256(path) != sha256:
             raise ArtifactError(f"{uri}: {name} is not the file in the manifest (sha256); make the {kind} again")
-    return Artifact(uri, manifest, folder)
+    return Artifact(uri, manifest, Path(uri))
 
 
 def cache_folder() -> Path:
@@ -385,18 +388,38 @@ def cache_folder() -> Path:
     return Path(os.environ.get("TASKSPEC_CACHE") or Path.home() / ".cache" / "taskspec")
 
 
-def _fetch(uri: str, manifest: Manifest, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".fetching-", dir=folder.parent))
-    try:
-        with _named(uri, "read"):
-            for name, sha256 in manifest.files.items():
-                (work / name).parent.mkdir(parents=True, exist_ok=True)
-                _s3().download_file(*_split(join(uri, name)), str(work / name))
-                if file_sha256(work / name) != sha256:
-                    raise ArtifactError(f"{uri}: {name} is not the file in the manifest (sha256); publish it again")
-            (work / MANIFEST).write_bytes(read_bytes(join(uri, MANIFEST)))
-            with suppress(OSError):  # another process was faster
-                os.rename(work, folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+def _fetch(uri: str, manifest: Manifest, files: Mapping[str, str], verify: bool) -> Path:
+    """Puts files of an artifact on S3 into the cache. Returns: a folder in which they have their names."""
+    folder = cache_folder() / "artifacts" / manifest.id
+    for name, sha256 in files.items():
+        content = _cached(join(uri, name), sha256, verify, f"{uri}: {name}")
+        named = folder / name
+        if not (named.exists() and named.samefile(content)):
+            named.parent.mkdir(parents=True, exist_ok=True)
+            temporary = named.with_name(f".{named.name}.{uuid.uuid4().hex}")
+            os.link(content, temporary)
+            os.replace(temporary, named)
+    return folder
+
+
+def _cached(uri: str, sha256: str, verify: bool, what: str) -> Path:
+    """The cached content of a file; artifacts that share it, such as two versions of an index, fetch it once.
+
+    A cached file that has been altered is fetched again.
+    """
+    content = cache_folder() / "files" / sha256
+    content.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{content}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several processes of a node want the same file at the same time
+        if content.exists() and not (verify and file_sha256(content) != sha256):
+            return content
+        temporary = content.with_name(f".{sha256}.{uuid.uuid4().hex}")
+        try:
+            with _named(uri, "read"):
+                _s3().download_file(*_split(uri), str(temporary))
+                if file_sha256(temporary) != sha256:
+                    raise ArtifactError(f"{what} is not the file in the manifest (sha256); publish it again")
+                os.replace(temporary, content)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return content

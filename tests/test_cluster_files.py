@@ -206,8 +206,9 @@ def test_serve_accepts_its_file_and_the_builder_its_arguments() -> None:
     module, _, name = application.import_path.partition(":")
     assert callable(getattr(importlib.import_module(module), name))
     arguments = ServeArgs.model_validate(application.args)
-    retriever = {each.name: each for each in application.deployments}["Retriever"]
-    assert arguments.threads == retriever.ray_actor_options.num_cpus
+    encoder = {each.name: each for each in application.deployments}["Encoder"]
+    assert arguments.threads == encoder.ray_actor_options.num_cpus
+    assert arguments.shard_threads == arguments.shard_cpus
 
 
 def test_serve_knows_every_key_of_its_file() -> None:
@@ -225,14 +226,18 @@ def test_the_deployments_of_the_serve_file_are_those_of_the_application() -> Non
     (application,) = ServeDeploySchema.model_validate(read("serve.yaml")).applications
     modules = [importlib.import_module("serve.app"), importlib.import_module("serve.deployments")]
     code = {each.name for module in modules for each in vars(module).values() if isinstance(each, Deployment)}
-    assert {each.name for each in application.deployments} == code
+    named = {each.name.rstrip("0123456789") for each in application.deployments}  # a Shard for each of the index
+    assert named == code
+    shards = [each for each in application.deployments if each.name.startswith("Shard")]
+    assert all(AutoscalingConfig(**each.autoscaling_config).min_replicas > 0 for each in shards)
 
 
-def test_the_service_runs_the_serve_file_and_a_pod_holds_a_retriever() -> None:
+def test_the_service_runs_the_serve_file_and_a_pod_holds_a_replica_of_each() -> None:
     serve = read("serve.yaml")
     assert yaml.safe_load(read("rayservice.yaml")["spec"]["serveConfigV2"]) == serve
     deployments = {each["name"]: each for each in serve["applications"][0]["deployments"]}
     (workers,) = cluster_spec("rayservice.yaml")["workerGroupSpecs"]
-    retriever = deployments["Retriever"]
-    assert retriever["ray_actor_options"]["num_cpus"] < float(container(workers)["resources"]["limits"]["cpu"])
-    assert retriever["autoscaling_config"]["max_replicas"] <= workers["maxReplicas"]
+    encoder = deployments["Encoder"]
+    cpus = encoder["ray_actor_options"]["num_cpus"] + serve["applications"][0]["args"]["shard_cpus"]
+    assert cpus < float(container(workers)["resources"]["limits"]["cpu"])
+    assert encoder["autoscaling_config"]["max_replicas"] <= workers["maxReplicas"]

@@ -116,6 +116,8 @@ def test_the_job_answers_with_what_it_built(folder: Path, built: dict[str, Any])
         "passages": PASSAGES,
         "shards": 3,
         "dimension": 16,
+        "kind": "flat",
+        "recall": {"nq": 1.0},
         "fingerprint": contract.fingerprint,
     }
     artifact = store.open_artifact(built["uri"], KIND)

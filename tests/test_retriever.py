@@ -15,6 +15,7 @@ from taskspec.index.page_ids import PageIds
 from taskspec.index.recall import MeasuredRecall
 from taskspec.index.shard import make_shard
 from taskspec.model.contract import Contract, ContractTask
+from taskspec.retrieve.catalog import Catalog, LocalShards
 from taskspec.retrieve.hits import Hit, Level
 from taskspec.retrieve.retriever import Retriever
 from taskspec.sections import Prompts
@@ -74,7 +75,7 @@ def retriever(request: pytest.FixtureRequest, tmp_path: Path) -> Retriever:
     shards = []
     for rows in np.array_split(np.arange(len(PASSAGES)), request.param):
         shards.append(make_shard("flat", embed([PASSAGES[row][3] for row in rows]), int(rows[0])))
-    return Retriever(WordEncoder(), shards, RowStore(tmp_path / "passages.arrow"), "abc")
+    return Retriever(WordEncoder(), LocalShards(shards), Catalog(RowStore(tmp_path / "passages.arrow"), "abc"))
 
 
 def test_passages_come_best_first_and_ties_by_row(retriever: Retriever) -> None:

@@ -1,8 +1,10 @@
 """The HTTP endpoint on a real Ray Serve: answers, batches, errors, and pairs that it refuses to serve."""
 
 import asyncio
+import base64
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,17 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pyarrow as pa
 import pytest
 import ray.serve
+from cachetools import LRUCache
 from fastapi import FastAPI, HTTPException
 from fastapi.testclient import TestClient
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
-from serve.app import Api, Refusal, build
-from serve.errors import answer_errors
-from serve.schema import MAX_QUERIES, ServeArgs
+from serve.admission import Admission, Overloaded
+from serve.app import Api, Refusal, build, open_version
+from serve.deployments import Batch, FoundAll
+from serve.errors import Late, Uncovered, answer_errors
+from serve.guard import GuardMiddleware, Seen, note
+from serve.metrics import Metrics
+from serve.remote import ShardsLostError
+from serve.schema import Limits, RetrieveRequest, RetrieveResponse, ServeArgs
 from taskspec import store
 from taskspec.config import parse_config
 from taskspec.data.rows import RowStore
@@ -31,7 +40,9 @@ from taskspec.index.recall import MeasuredRecall
 from taskspec.index.shard import make_shard
 from taskspec.model.contract import Contract
 from taskspec.model.encoder import build_encoder
-from taskspec.retrieve.retriever import Retriever, index_version
+from taskspec.retrieve.catalog import index_version
+from taskspec.retrieve.hits import Hit
+from taskspec.retrieve.retriever import Retriever
 from taskspec.train.checkpoint import open_encoder, publish_checkpoint
 
 TITLES = ("Ceres", "Europa", "Io", "Phobos", "Titan", "Triton")
@@ -107,7 +118,12 @@ def url(folder: Path, ray_cluster: None) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     args = ServeArgs(
-        checkpoint=str(folder / "checkpoint"), index=str(folder / "index"), max_batch=8, batch_wait_ms=50, threads=1
+        checkpoint=str(folder / "checkpoint"),
+        index=str(folder / "index"),
+        batch_tokens=100,
+        threads=1,
+        shard_threads=1,
+        shard_cpus=0.25,
     )
     ray.serve.start(http_options={"host": "127.0.0.1", "port": port})
     ray.serve.run(build(args.model_dump()), name="taskspec", route_prefix="/")
@@ -137,7 +153,14 @@ def test_an_answer_is_the_retriever_s(url: str, folder: Path) -> None:
     fingerprint = retriever.contract.fingerprint
     assert answer["index"] == {"alias": None, "version": index_version(artifact.id), "fingerprint": fingerprint}
     assert answer["coverage"] == {"full": True, "shards": {"total": 2, "successful": 2, "failed": 0}}
-    assert set(answer["time"]) == {"wait_ms", "embed_ms", "search_ms", "total_ms", "batch_queries"}
+    assert set(answer["time"]) == {
+        "wait_ms",
+        "embed_ms",
+        "search_ms",
+        "total_ms",
+        "batch_queries",
+        "cached_queries",
+    }
 
 
 def test_a_list_of_queries_is_answered_in_order(url: str) -> None:
@@ -148,6 +171,60 @@ def test_a_list_of_queries_is_answered_in_order(url: str) -> None:
         (alone,) = post(url, query=data["query"], task="fever", level="passage", top_k=2).json()["data"]
         assert [hit["id"] for hit in alone["hits"]] == [hit["id"] for hit in data["hits"]]
         assert alone["hits"][0]["text"] is None
+
+
+def test_embeddings_are_those_that_are_searched_with(url: str, folder: Path) -> None:
+    texts = ["which body is Io", "far from the sun " * 30]
+    expected_BD, _ = Retriever.open(str(folder / "checkpoint"), str(folder / "index")).embed("nq", texts)
+    answer = httpx.post(f"{url}/embed", json={"query": texts, "task": "nq"}).json()
+    np.testing.assert_allclose([one["embedding"] for one in answer["data"]], expected_BD, rtol=1e-4, atol=1e-6)
+    assert [one["truncated"] for one in answer["data"]] == [False, True]
+    body = {"input": texts, "model": "tiny@nq"}
+    listed = httpx.post(f"{url}/v1/embeddings", json=body).json()
+    assert [(one["object"], one["index"]) for one in listed["data"]] == [("embedding", 0), ("embedding", 1)]
+    np.testing.assert_allclose([one["embedding"] for one in listed["data"]], expected_BD, rtol=1e-4, atol=1e-6)
+    assert listed["usage"]["total_tokens"] == answer["tokens"] > 24
+    packed = httpx.post(f"{url}/v1/embeddings", json=body | {"encoding_format": "base64"}).json()
+    row = np.frombuffer(base64.b64decode(packed["data"][0]["embedding"]), dtype="<f4")
+    np.testing.assert_allclose(row, expected_BD[0], rtol=1e-4, atol=1e-6)
+    refused = httpx.post(f"{url}/v1/embeddings", json=body | {"model": "tiny"})
+    assert refused.status_code == 422
+    assert refused.json()["error"]["message"] == "unknown model 'tiny'; known: tiny@nq, tiny@fever"
+
+
+def test_pages_may_be_chosen_and_passages_read(url: str) -> None:
+    (data,) = post(url, query="Io", task="nq", only_pages=["3", "1", "no such"]).json()["data"]
+    assert sorted(hit["id"] for hit in data["hits"]) == ["1", "3"]
+    assert data["complete"] is True
+    (data,) = post(url, query="Io", task="nq", without_pages=["3"], level="passage", top_k=50).json()["data"]
+    assert len(data["hits"]) == 10
+    assert {hit["wikipedia_id"] for hit in data["hits"]} == set("01245")
+    passage = httpx.get(f"{url}/passages/3:1").json()
+    assert passage == {"id": "3:1", "wikipedia_id": "3", "title": "Phobos", "text": TEXTS[7]}
+    for unknown in ("3:2", "9:0", "3", "3:x"):
+        response = httpx.get(f"{url}/passages/{unknown}")
+        assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
+
+
+def test_a_deadline_that_cannot_be_met_is_told(url: str) -> None:
+    queries = [f"number {number} {number}" for number in range(900)]
+    response = post(url, query=queries, task="nq", timeout_ms=1)
+    assert response.status_code == 504, response.text
+    assert response.json()["error"]["type"] == "deadline"
+    assert response.json()["error"]["message"].startswith("no answer within 1 ms")
+
+
+def test_metrics_count_requests_and_queries(url: str) -> None:
+    def count(line: str) -> float:
+        lines = httpx.get(f"{url}/metrics").text.splitlines()
+        return sum(float(one.split()[-1]) for one in lines if re.match(line, one))
+
+    asked = r'taskspec_queries_total\{cached="no".*task="fever"'
+    before = count(asked), count(r'taskspec_requests_total\{.*route="/retrieve".*status="422"')
+    post(url, query=["never asked before", "nor this"], task="fever")
+    post(url, query="Io", task="no such")
+    after = count(asked), count(r'taskspec_requests_total\{.*route="/retrieve".*status="422"')
+    assert (after[0] - before[0], after[1] - before[1]) == (2, 1)
 
 
 def test_a_query_that_was_cut_says_so(url: str) -> None:
@@ -164,7 +241,7 @@ def test_concurrent_requests_share_batches_and_get_their_own_answers(url: str) -
 
     answers = asyncio.run(ask_all())
     assert max(answer["time"]["batch_queries"] for answer in answers) > 1
-    assert all(answer["time"]["batch_queries"] <= 8 for answer in answers)
+    assert all(answer["time"]["batch_queries"] <= 16 for answer in answers)  # of 6 tokens
     for number, answer in enumerate(answers):
         assert answer["data"][0]["query"] == f"number {number}"
         assert answer["task"] == ("nq", "fever")[number % 2]
@@ -199,6 +276,9 @@ GOOD = {"query": "Io", "task": "nq"}
         (GOOD | {"query": 5}, 422, "query", "string_type", "query: Input should be a valid string"),
         (GOOD | {"top_k": 0}, 422, "top_k", "greater_than_equal", "top_k: Input should be greater than or equal to 1"),
         (GOOD | {"top_k": "5"}, 422, "top_k", "int_type", "top_k: Input should be a valid integer"),
+        (GOOD | {"top_k": 1001}, 422, "top_k", "invalid_top_k", "top_k is 1001 but may be 1000 at most"),
+        (GOOD | {"timeout_ms": 30_001}, 422, "timeout_ms", "invalid_timeout_ms", "timeout_ms is 30001 but may be"),
+        (GOOD | {"only_pages": ["1"] * 10_001}, 413, "only_pages", "too_long", "only_pages and without_pages name"),
         (GOOD | {"topk": 5}, 422, "topk", "extra_forbidden", "unknown field topk; known: query, task, top_k"),
         (GOOD | {"level": "para"}, 422, "level", "literal_error", "level: Input should be 'page' or 'passage'"),
         ({"query": "Io"}, 422, "task", "missing", "task: Field required"),
@@ -218,7 +298,7 @@ GOOD = {"query": "Io", "task": "nq"}
             "id: needs one id per query, all distinct: 1 distinct for 1 queries",
         ),
         (
-            GOOD | {"query": ["Io"] * (MAX_QUERIES + 1)},
+            GOOD | {"query": ["Io"] * 1001},
             413,
             "query",
             "too_long",
@@ -264,7 +344,9 @@ def test_what_may_be_asked_is_told(url: str) -> None:
     answer = httpx.get(f"{url}/tasks").json()
     assert answer["model"] == "tiny"
     assert answer["tasks"][1] == {"name": "fever", "prompt": "fever", "max_query_tokens": 24, "keep": "beginning"}
-    assert answer["limits"] == {"queries_per_request": MAX_QUERIES, "top_k": 1000}
+    info = httpx.get(f"{url}/info").json()
+    assert (info["passages"], info["dimension"], info["shards"], info["kind"]) == (12, 16, 2, "flat")
+    assert info["limits"] == Limits().model_dump()
     assert httpx.get(f"{url}/health").json() == {"status": "ok"}
     assert httpx.get(f"{url}/ready").json() == {"status": "ready"}
     assert httpx.get(f"{url}/docs").status_code == 200
@@ -273,32 +355,101 @@ def test_what_may_be_asked_is_told(url: str) -> None:
     assert schema["components"]["schemas"]["RetrieveRequest"]["properties"]["top_k"]["description"] == "Hits per query."
 
 
-class NoRetriever:
-    """A handle whose every call fails."""
+class Unreachable:
+    """A handle whose every call fails, or answers without some shards."""
 
-    @property
-    def ready(self) -> "NoRetriever":
-        return self
+    def __init__(self, answer: FoundAll | Exception) -> None:
+        self.run = self
+        self._answer = answer
 
-    async def remote(self) -> None:
-        raise DeploymentUnavailableError("Retriever")
+    async def remote(self, *arguments: object) -> FoundAll:
+        if isinstance(self._answer, Exception):
+            raise self._answer
+        return self._answer
 
 
-def test_without_a_retriever_the_server_is_not_ready() -> None:
-    api = object.__new__(Api.func_or_class)
-    api._retriever = NoRetriever()
-    with pytest.raises(HTTPException, match="no retriever answers; ask again, or see the Serve status") as caught:
-        asyncio.run(api.ready())
+def api_of(folder: Path, answer: FoundAll | Exception, **args: Any) -> Any:
+    """The routes in this process, without Serve."""
+    api = object.__new__(Api.func_or_class.__mro__[1])
+    api._args = ServeArgs(checkpoint=str(folder / "checkpoint"), index=str(folder / "index"), **args)
+    api._served = open_version(api._args.checkpoint, api._args.index)
+    api._encoder = Unreachable(answer)
+    api._admission = Admission(api._args.limits.tokens_under_way)
+    api._known = LRUCache(10)
+    api._metrics = Metrics("one")
+    note(Seen("mine"))
+    return api
+
+
+def found(failed: set[int], hits: int = 1) -> FoundAll:
+    batch = Batch(0.0, 1, 1.0, 1.0)
+    hit = Hit(1, "0", 1.0, "0", "Ceres", None)
+    return FoundAll([[hit] * hits], np.zeros((1, 16)), [False], 3, not failed, frozenset(failed), batch, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (DeploymentUnavailableError("Encoder"), "no retriever answers; ask again, or see the Serve status"),
+        (ShardsLostError("no shard answers"), "no retriever answers; ask again, or see the Serve status"),
+        (found({1}), r"no answer from shards \[1\]; ask again"),
+    ],
+)
+def test_without_every_shard_the_server_is_not_ready(folder: Path, answer: FoundAll | Exception, message: str) -> None:
+    with pytest.raises(HTTPException, match=message) as caught:
+        asyncio.run(api_of(folder, answer).ready())
     assert caught.value.status_code == 503
+
+
+def test_a_part_of_the_index_answers_only_where_that_is_allowed(folder: Path) -> None:
+    def ask(failed: set[int], allow_partial: bool, **args: Any) -> RetrieveResponse:
+        request = RetrieveRequest(query="Io", task="nq", allow_partial=allow_partial)
+        response: RetrieveResponse = asyncio.run(api_of(folder, found(failed), **args).retrieve(request))
+        return response
+
+    assert ask(set(), False).coverage.full
+    with pytest.raises(Uncovered, match="1 of 2 shards do not answer; ask again, or with allow_partial"):
+        ask({0}, False)
+    partial = ask({0}, True)
+    assert partial.coverage.model_dump() == {"full": False, "shards": {"total": 2, "successful": 1, "failed": 1}}
+    assert not partial.data[0].complete
+    with pytest.raises(Uncovered, match=r"1 of 2 shards do not answer, min_coverage asks for 0\.6 of them"):
+        ask({0}, True, min_coverage=0.6)
+    with pytest.raises(Uncovered, match="2 of 2 shards"):
+        ask({0}, True, shard_deployments=1)  # both shards are this deployment's
+
+
+def test_an_answer_is_kept_unless_it_is_partial(folder: Path) -> None:
+    api = api_of(folder, found(set()))
+
+    def ask(**fields: Any) -> RetrieveResponse:
+        response: RetrieveResponse = asyncio.run(
+            api.retrieve(RetrieveRequest(query="Io", task="nq", allow_partial=True, **fields))
+        )
+        return response
+
+    assert ask().time.cached_queries == 0
+    api._encoder = Unreachable(ShardsLostError("nobody is asked"))
+    kept = ask()
+    assert (kept.time.cached_queries, kept.data[0].hits[0].title, kept.coverage.full) == (1, "Ceres", True)
+    for other in ({"top_k": 3}, {"with_text": True}, {"level": "passage"}, {"only_pages": ["0"]}):
+        with pytest.raises(ShardsLostError):
+            ask(**other)
+    api._encoder = Unreachable(found({1}))
+    assert ask(top_k=5).time.cached_queries == 0
+    assert ask(top_k=5).time.cached_queries == 0
 
 
 @pytest.mark.parametrize(
     ("raised", "status", "type_", "message"),
     [
         (HTTPException(503, "no retriever answers"), 503, "unavailable", "GET /broken: no retriever answers"),
-        (DeploymentUnavailableError("Retriever"), 503, "unavailable", "no retriever could take the request"),
-        (BackPressureError(num_queued_requests=9, max_queued_requests=9), 503, "unavailable", "no retriever could"),
-        (ActorDiedError(), 503, "unavailable", "no retriever could take the request"),
+        (DeploymentUnavailableError("Encoder"), 503, "unavailable", "no encoder could take the request"),
+        (BackPressureError(num_queued_requests=9, max_queued_requests=9), 503, "unavailable", "no encoder could"),
+        (ActorDiedError(), 503, "unavailable", "no encoder could take the request"),
+        (Uncovered("1 of 2 shards do not answer"), 503, "unavailable", "1 of 2 shards do not answer"),
+        (Overloaded(7), 429, "overloaded", "too much work is under way; ask again in 7 s"),
+        (Late("no answer within 5 ms"), 504, "deadline", "no answer within 5 ms"),
         (KeyError("secret"), 500, "internal", "the server failed on this request; its log has the details"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
@@ -306,6 +457,7 @@ def test_without_a_retriever_the_server_is_not_ready() -> None:
 def test_faults_keep_the_shape_and_hide_their_details(raised: Exception, status: int, type_: str, message: str) -> None:
     app = FastAPI()
     answer_errors(app)
+    app.add_middleware(GuardMiddleware)
 
     @app.get("/broken")
     async def broken() -> None:
@@ -317,6 +469,8 @@ def test_faults_keep_the_shape_and_hide_their_details(raised: Exception, status:
     assert response.json()["error"]["type"] == type_
     assert response.json()["error"]["message"].startswith(message)
     assert "secret" not in response.text
+    if status in (429, 503):
+        assert response.headers["retry-after"] == ("7" if status == 429 else "1")
 
 
 def test_a_pair_that_does_not_belong_together_is_refused_by_field(folder: Path) -> None:
@@ -353,7 +507,7 @@ def test_serve_run_ends_with_one_line_before_ray_starts(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"checkpoint": "c"}, "argument index: Field required; known: checkpoint, index, max_batch"),
+        ({"checkpoint": "c"}, "argument index: Field required; known: checkpoint, index, keys"),
         ({"checkpoint": "c", "index": "i", "treads": "2"}, "argument treads: Extra inputs are not permitted; known:"),
     ],
 )

@@ -235,6 +235,38 @@ def test_an_artifact_on_s3_is_fetched_once(s3_bucket):
     assert publish(uri, a="A").folder == folder
 
 
+def test_only_the_files_that_are_needed_are_fetched_and_looked_at(root):
+    uri = store.join(root, "parts")
+    with store.publishing(uri, "letters", inputs={}, config={}, facts={}) as folder:
+        (folder / "a").write_text("part a")
+        (folder / "b").write_text("part b")
+    store.write_bytes(store.join(uri, "b"), b"spoiled")
+    opened = store.open_artifact(uri, "letters", verify=True, files=["a"])
+    assert (opened.folder / "a").read_text() == "part a"
+    if store.is_s3(uri):
+        assert not (opened.folder / "b").exists()
+    with pytest.raises(ArtifactError, match=r"/parts: c is not in the manifest; make the letters again"):
+        store.open_artifact(uri, "letters", files=["c"])
+
+
+def test_artifacts_on_s3_share_what_they_have_in_common(s3_bucket, monkeypatch):
+    uris = [store.join(s3_bucket, name) for name in ("first", "second")]
+    for uri in uris:
+        with store.publishing(uri, "letters", inputs={}, config={}, facts={"uri": uri}) as folder:
+            (folder / "a").write_text("in common")
+    first, second = (store.open_artifact(uri, "letters").folder / "a" for uri in uris)
+    assert first != second
+    assert first.samefile(second)
+
+
+def test_an_altered_file_in_the_cache_is_fetched_again(s3_bucket):
+    uri = store.join(s3_bucket, "spoiled")
+    cached = publish(uri, a="spoiled in the cache").folder / "sub" / "a"
+    cached.write_text("something else")
+    assert (store.open_artifact(uri, "letters").folder / "sub" / "a").read_text() == "something else"
+    assert (store.open_artifact(uri, "letters", verify=True).folder / "sub" / "a").read_text() == "spoiled in the cache"
+
+
 def test_removing_takes_everything_below_and_nothing_beside(root):
     publish(store.join(root, "x"), a="A")
     publish(store.join(root, "xy"), a="A")
@@ -283,8 +315,8 @@ def test_a_missing_and_an_altered_file_are_named(tmp_path):
 
 def test_an_altered_file_on_s3_is_named_and_nothing_is_cached(s3_bucket):
     uri = store.join(s3_bucket, "altered")
-    with store.publishing(uri, "letters", inputs={}, config={}, facts={"only": "here"}) as folder:
-        (folder / "a").write_text("A")
+    with store.publishing(uri, "letters", inputs={}, config={}, facts={}) as folder:
+        (folder / "a").write_text("only here")
     store.write_bytes(store.join(uri, "a"), b"C")
     for _ in range(2):
         with pytest.raises(ArtifactError, match=r"altered: a is not the file in the manifest \(sha256\); publish it"):

@@ -17,6 +17,7 @@ from taskspec.index.shard import make_shard
 from taskspec.model.contract import Contract, ContractTask
 from taskspec.model.encoder import TextEncoder, build_encoder, contract_tasks, save_encoder
 from taskspec.model.prompts import query_text
+from taskspec.retrieve.catalog import Catalog, LocalShards
 from taskspec.retrieve.retriever import Retriever
 
 WORDS = ("moon", "ice", "ring", "dust")
@@ -88,7 +89,9 @@ def contract(tasks: Sequence[ContractTask]) -> Contract:
 
 def word_retriever(prepared: SimpleNamespace, asked: list[tuple[ContractTask, ...]]) -> Retriever:
     shard = make_shard("flat", bag(PAGES), row_start=0)
-    return Retriever(WordEncoder(contract(contract_tasks(CONFIG)), asked), [shard], prepared.passages, "abc")
+    return Retriever(
+        WordEncoder(contract(contract_tasks(CONFIG)), asked), LocalShards([shard]), Catalog(prepared.passages, "abc")
+    )
 
 
 def test_scores_with_prompt_and_without_are_those_worked_out_by_hand(prepared):
@@ -129,9 +132,13 @@ def test_the_same_weights_answer_as_if_they_were_trained_with_the_task(prepared,
     np.testing.assert_array_equal(found_BD, trained.embed_queries("held", texts)[0])
 
     shard = make_shard("flat", seen.embed_passages(PAGES, PAGES), row_start=0)
-    retriever = Retriever(seen, [shard], prepared.passages, "abc")
+    retriever = Retriever(seen, LocalShards([shard]), Catalog(prepared.passages, "abc"))
     (row,) = evaluate(
-        Retriever(trained, [shard], prepared.passages, "abc"), prepared, ["held"], CONFIG.evaluate, system="trained"
+        Retriever(trained, LocalShards([shard]), Catalog(prepared.passages, "abc")),
+        prepared,
+        ["held"],
+        CONFIG.evaluate,
+        system="trained",
     )
     scores = zero_shot(retriever, prepared, CONFIG, ["held"])
     assert scores["prompt"]["held"] == row.per_query_rprec

@@ -18,6 +18,7 @@ from taskspec.evaluate.metrics import RPREC
 from taskspec.evaluate.run import evaluate
 from taskspec.index.shard import make_shard
 from taskspec.model.encoder import TextEncoder
+from taskspec.retrieve.catalog import Catalog, LocalShards
 from taskspec.retrieve.retriever import Retriever
 from taskspec.sections import Evaluate
 from taskspec.specialize.analysis import Ablation, Probe, owned_most, random_mask
@@ -85,6 +86,6 @@ def _scores(
         passages = prepared.passages.take(rows, ["title", "text"])
         parts.append(text_encoder.embed_passages(passages["title"], passages["text"]))
     shard = make_shard("flat", np.concatenate(parts), row_start=0)
-    retriever = Retriever(text_encoder, [shard], prepared.passages, version="ablation")
+    retriever = Retriever(text_encoder, LocalShards([shard]), Catalog(prepared.passages, "ablation"))
     rows_of = evaluate(retriever, prepared, tasks, settings, system="ablation")
     return {row.task: row.metrics[RPREC] for row in rows_of}

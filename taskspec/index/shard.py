@@ -95,6 +95,13 @@ class Shard(ABC):
     @abstractmethod
     def _search(self, queries_BD: np.ndarray, wanted: int, effort: int | None) -> Results: ...
 
+    def rank(self, queries_BD: np.ndarray, rows: np.ndarray) -> Results:
+        """Those of some global rows that lie in this shard, best first."""
+        own = rows[(rows >= self.row_start) & (rows < self.row_start + self.rows)]
+        shape = len(queries_BD), len(own)
+        scores_BK = self.score_rows(queries_BD, own) if len(own) else np.empty(shape, dtype=np.float32)
+        return merge_top_k([Results(scores_BK, np.broadcast_to(own, shape))], len(own))
+
     @abstractmethod
     def score_rows(self, queries_BD: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """The scores (B, rows) float32 of given global rows of this shard, whatever a search would reach."""

@@ -267,14 +267,15 @@ class TextEncoder:
     def embed_queries(self, task: str, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Returns: (B, D) float32 and (B,) bool, which queries were cut. Raises: RequestError for an unknown task."""
         tokens = self.tokenizer.queries(task, texts)
-        return self._embed(tokens), tokens.truncated_B
+        return self.embed_tokens(tokens), tokens.truncated_B
 
     def embed_passages(self, titles: Sequence[str], texts: Sequence[str]) -> np.ndarray:
         """Returns: (N, D) float32."""
-        return self._embed(self.tokenizer.passages(titles, texts))
+        return self.embed_tokens(self.tokenizer.passages(titles, texts))
 
     @torch.inference_mode()
-    def _embed(self, tokens: Tokens) -> np.ndarray:
+    def embed_tokens(self, tokens: Tokens) -> np.ndarray:
+        """Returns: (B, D) float32, by the model alone."""
         result_BD = np.empty((len(tokens.ids_BL), self.dimension), dtype=np.float32)
         lengths_B = tokens.mask_BL.sum(1)
         for rows in length_sorted(lengths_B, EMBED_TOKENS):

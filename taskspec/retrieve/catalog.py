@@ -1,0 +1,189 @@
+"""The passages of an index: from the rows that shards find to hits, pages and texts, among all pages or some.
+
+Path: shards, text store → [here] → retriever, serving.  B queries, D the embedding's dimension, K results, N passages.
+Shards come in as an argument: in this process, or behind a network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from taskspec.data.rows import RowStore
+from taskspec.index.manifest import PASSAGES_FILE, IndexManifest
+from taskspec.index.page_ids import PageIds
+from taskspec.index.recall import MeasuredRecall
+from taskspec.index.shard import Results, Shard, load_shard, merge_top_k
+from taskspec.retrieve.hits import Hit, Level
+from taskspec.retrieve.pages import Ranking, best_per_page, search_until_full
+
+
+class Shards(Protocol):
+    """All shards of an index, asked as one."""
+
+    def search(self, queries_BD: np.ndarray, top_k: int, effort: int | None) -> Results:
+        """The best passages of each query; row −1 where fewer were reached."""
+        ...
+
+    def rank(self, queries_BD: np.ndarray, rows: np.ndarray) -> Results:
+        """These rows, best first: each is scored, so none is missed."""
+        ...
+
+
+class LocalShards:
+    """Shards in this process."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        """Args: shards: disjoint, and together all rows of an index."""
+        self._shards = shards
+
+    @classmethod
+    def open(cls, folder: Path, manifest: IndexManifest) -> LocalShards:
+        """Raises: ArtifactError for a file that is no shard."""
+        return cls([load_shard(folder / s.file, manifest.kind, s.row_start, s.max_norm) for s in manifest.shards])
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def search(self, queries_BD: np.ndarray, top_k: int, effort: int | None) -> Results:
+        return merge_top_k([shard.search(queries_BD, top_k, effort) for shard in self._shards], top_k)
+
+    def rank(self, queries_BD: np.ndarray, rows: np.ndarray) -> Results:
+        return merge_top_k([shard.rank(queries_BD, rows) for shard in self._shards], len(rows))
+
+
+class PageChoice(NamedTuple):
+    """Which pages may be found, by number."""
+
+    only: np.ndarray | None
+    """None is all but those `without`, which are left out here already."""
+    without: np.ndarray
+
+
+EVERY_PAGE = PageChoice(None, np.empty(0, np.int64))
+
+
+class Catalog:
+    """What the rows of an index stand for.
+
+    Attributes: version: of the index.
+    """
+
+    def __init__(
+        self,
+        passages: RowStore,
+        version: str,
+        recall: MeasuredRecall | None = None,
+        page_ids: PageIds | None = None,
+    ) -> None:
+        """Args: recall: as measured when the index was built, for how hard each task's searches try. page_ids: of
+        `passages`; made when they are needed if None.
+        """
+        self._passages = passages
+        self._page_of_row_N = passages.column("page_row")
+        self._recall = recall
+        self._page_ids = page_ids
+        self.version = version
+
+    @classmethod
+    def open(cls, folder: Path, manifest: IndexManifest, version: str) -> Catalog:
+        """Raises: ArtifactError for a file that is not what it should be."""
+        return cls(RowStore(folder / PASSAGES_FILE), version, manifest.recall, PageIds.open(folder))
+
+    def effort(self, task: str) -> int | None:
+        """How hard a search for this task tries, as its recall was measured; None where there is no choice."""
+        return self._recall.effort(task) if self._recall else None
+
+    def choose_pages(self, only: Sequence[str] | None, without: Sequence[str]) -> PageChoice:
+        """Which pages may be found.    Args: only, without: wikipedia ids, unknown ones match nothing; None is all."""
+        if only is None and not without:
+            return EVERY_PAGE
+        excluded = self._ids.find(without)
+        return PageChoice(None if only is None else np.setdiff1d(self._ids.find(only), excluded), excluded)
+
+    def count(self, level: Level, pages: PageChoice) -> int:
+        """How many pages, or passages of them, may be found."""
+        if level == "page":
+            return len(self._ids.ids) - len(pages.without) if pages.only is None else len(pages.only)
+        if pages.only is None:
+            return len(self._page_of_row_N) - len(self._rows_of(pages.without))
+        return len(self._rows_of(pages.only))
+
+    def search(
+        self,
+        shards: Shards,
+        queries_BD: np.ndarray,
+        top_k: int,
+        level: Level,
+        with_text: bool,
+        effort: int | None = None,
+        pages: PageChoice = EVERY_PAGE,
+    ) -> list[list[Hit]]:
+        """The hits of each query, best first, equal scores by lower passage row."""
+
+        def keep(ranking: Ranking) -> Ranking:
+            if len(pages.without):
+                kept_K = ~np.isin(self._page_of_row_N[ranking.rows_K], pages.without)
+                ranking = Ranking(ranking.scores_K[kept_K], ranking.rows_K[kept_K])
+            return best_per_page(ranking, self._page_of_row_N) if level == "page" else ranking
+
+        def search(queries_BD: np.ndarray, passages: int) -> list[Ranking]:
+            return _rankings(shards.search(queries_BD, passages, effort))
+
+        if pages.only is not None:
+            ranked = _rankings(shards.rank(queries_BD, self._rows_of(pages.only)))
+            rankings = [Ranking(one.scores_K[:top_k], one.rows_K[:top_k]) for one in map(keep, ranked)]
+        elif level == "page" or len(pages.without):
+            rankings = search_until_full(search, keep, queries_BD, top_k, len(self._page_of_row_N))
+        else:
+            rankings = search(queries_BD, top_k)
+        return self._hits(rankings, level, with_text)
+
+    def passage(self, passage_id: str) -> dict[str, str] | None:
+        """passage_id, wikipedia_id, title and text of one passage; None if there is none of that id."""
+        wikipedia_id, _, number = passage_id.rpartition(":")
+        rows = self._rows_of(self._ids.find([wikipedia_id]))
+        if not number.isdecimal() or int(number) >= len(rows):
+            return None
+        found = self._passages.take([rows[int(number)]], ["passage_id", "wikipedia_id", "title", "text"])
+        return {name: values[0] for name, values in found.items()} if found["passage_id"] == [passage_id] else None
+
+    @property
+    def _ids(self) -> PageIds:
+        if self._page_ids is None:
+            self._page_ids = PageIds.of(self._passages)
+        return self._page_ids
+
+    def _rows_of(self, pages: np.ndarray) -> np.ndarray:
+        """The rows of these pages, ascending."""
+        starts, stops = (np.searchsorted(self._page_of_row_N, pages, side) for side in ("left", "right"))
+        return np.concatenate([np.empty(0, np.int64), *map(np.arange, starts, stops)])
+
+    def _hits(self, rankings: Sequence[Ranking], level: Level, with_text: bool) -> list[list[Hit]]:
+        columns = ["passage_id", "wikipedia_id", "title", *(["text"] if with_text else [])]
+        passages = self._passages.take(np.concatenate([ranking.rows_K for ranking in rankings]), columns)
+        ids = passages["wikipedia_id" if level == "page" else "passage_id"]
+        texts: Sequence[str | None] = passages["text"] if with_text else [None] * len(ids)
+        result, start = [], 0
+        for ranking in rankings:
+            result.append(
+                [
+                    Hit(rank, ids[i], score, passages["wikipedia_id"][i], passages["title"][i], texts[i])
+                    for rank, (i, score) in enumerate(enumerate(ranking.scores_K.tolist(), start), start=1)
+                ]
+            )
+            start += len(ranking.rows_K)
+        return result
+
+
+def _rankings(results: Results) -> list[Ranking]:
+    """Without the rows that were not reached."""
+    return [Ranking(scores_K[rows_K >= 0], rows_K[rows_K >= 0]) for scores_K, rows_K in zip(*results, strict=True)]
+
+
+def index_version(artifact_id: str) -> str:
+    """The name of an index's content in answers: the first 12 characters of its artifact's id."""
+    return artifact_id[:12]

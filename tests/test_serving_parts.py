@@ -1,0 +1,327 @@
+"""What stands around the model in serving: batches, admission, keys, and what every request passes; without Ray."""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.testclient import TestClient
+from hypothesis import given
+from hypothesis import strategies as st
+from ray.exceptions import ActorDiedError
+
+from serve import guard, keys
+from serve.admission import Admission, Overloaded, query_tokens
+from serve.batching import Batcher, LateError
+from serve.deployments import _cuts
+from serve.errors import answer_errors
+from serve.keys import Key
+from serve.remote import RemoteShards, ShardsLostError
+from taskspec.index.shard import Results
+
+FOREVER = float("inf")
+
+
+class Stages:
+    """Remembers batches; the first stage waits until it is let go."""
+
+    def __init__(self) -> None:
+        self.first: list[list[str]] = []
+        self.then: list[list[str]] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.second_gate = asyncio.Event()
+        self.second_gate.set()
+
+    async def embed(self, items: list[str]) -> list[str]:
+        self.first.append(items)
+        await self.gate.wait()
+        if "bad" in items:
+            raise ValueError("bad batch")
+        return [item.upper() for item in items]
+
+    async def search(self, items: list[str], between: list[str]) -> list[str]:
+        self.then.append(items)
+        await self.second_gate.wait()
+        return [f"{item}{upper}" for item, upper in zip(items, between, strict=True)]
+
+
+def with_batcher(test: Callable[[Stages, Batcher[str, str, str]], Awaitable[None]], most_tokens: int = 10) -> None:
+    async def run() -> None:
+        stages = Stages()
+        await test(stages, Batcher(stages.embed, stages.search, most_tokens))
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+
+
+async def settle() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def test_what_comes_while_a_batch_is_embedded_is_the_next_one_in_order_of_arrival() -> None:
+    async def test(stages: Stages, batcher: Batcher[str, str, str]) -> None:
+        stages.gate.clear()
+        first = asyncio.create_task(batcher.add("a", 3, FOREVER))
+        await settle()
+        others = [asyncio.create_task(batcher.add(item, 4, FOREVER)) for item in "bcde"]
+        large = asyncio.create_task(batcher.add("f", 11, FOREVER))  # more than a batch may have: alone
+        last = asyncio.create_task(batcher.add("g", 1, FOREVER))
+        await settle()
+        assert stages.first == [["a"]]
+        assert batcher.tokens == 28
+        stages.gate.set()
+        assert await asyncio.gather(first, *others, large, last) == ["aA", "bB", "cC", "dD", "eE", "fF", "gG"]
+        assert stages.first == [["a"], ["b", "c"], ["d", "e"], ["f"], ["g"]]
+
+    with_batcher(test)
+
+
+def test_the_next_batch_is_embedded_while_one_is_searched() -> None:
+    async def test(stages: Stages, batcher: Batcher[str, str, str]) -> None:
+        stages.second_gate.clear()
+        first = asyncio.create_task(batcher.add("a", 1, FOREVER))
+        await settle()
+        second = asyncio.create_task(batcher.add("b", 1, FOREVER))
+        await settle()
+        assert (stages.first, stages.then) == ([["a"], ["b"]], [["a"], ["b"]])
+        stages.second_gate.set()
+        assert await asyncio.gather(first, second) == ["aA", "bB"]
+
+    with_batcher(test)
+
+
+def test_late_and_abandoned_items_cost_neither_stage() -> None:
+    async def test(stages: Stages, batcher: Batcher[str, str, str]) -> None:
+        stages.gate.clear()
+        going = asyncio.create_task(batcher.add("going", 1, time.monotonic() + 0.05))
+        await settle()
+        late = asyncio.create_task(batcher.add("late", 1, time.monotonic() + 0.01))
+        abandoned = asyncio.create_task(batcher.add("abandoned", 1, FOREVER))
+        in_time = asyncio.create_task(batcher.add("in time", 1, FOREVER))
+        await settle()
+        abandoned.cancel()
+        await asyncio.sleep(0.1)
+        stages.gate.set()
+        assert await in_time == "in timeIN TIME"
+        for task in (late, going):
+            with pytest.raises(LateError):
+                await task
+        assert stages.first == [["going"], ["in time"]]
+        assert stages.then == [["in time"]]
+
+    with_batcher(test)
+
+
+def test_an_error_of_a_stage_reaches_its_batch_and_no_other() -> None:
+    async def test(stages: Stages, batcher: Batcher[str, str, str]) -> None:
+        with pytest.raises(ValueError, match="bad batch"):
+            await batcher.add("bad", 1, FOREVER)
+        assert await batcher.add("good", 1, FOREVER) == "goodGOOD"
+
+    with_batcher(test)
+
+
+@given(tokens=st.lists(st.integers(1, 30), min_size=1, max_size=40), most=st.integers(1, 40))
+def test_cuts_cover_all_texts_once_and_keep_to_the_tokens(tokens: list[int], most: int) -> None:
+    cuts = _cuts(tokens, most)
+    assert [number for start, stop in cuts for number in range(start, stop)] == list(range(len(tokens)))
+    assert all(stop - start == 1 or sum(tokens[start:stop]) <= most for start, stop in cuts)
+
+
+def test_work_over_the_limit_is_refused_and_room_comes_back() -> None:
+    admission = Admission(most_tokens=100)
+    with admission.admit(60):
+        with pytest.raises(Overloaded, match="too much work is under way; ask again in 1 s"), admission.admit(41):
+            pytest.fail("there is no room for 41")
+        with admission.admit(40):
+            assert admission.tokens == 100
+        assert admission.tokens == 60
+    # more than there is room for at all is let in alone
+    with admission.admit(1000), pytest.raises(Overloaded), admission.admit(1):
+        pytest.fail("nothing fits beside it")
+    with pytest.raises(ValueError, match="inside"), admission.admit(5):
+        raise ValueError("inside")
+    assert admission.tokens == 0
+
+
+def test_the_time_to_come_back_follows_from_how_fast_work_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    admission = Admission(most_tokens=100)
+    with admission.admit(50):
+        now[0] += 5  # 10 tokens a second
+    with admission.admit(100), pytest.raises(Overloaded) as caught, admission.admit(75):
+        pytest.fail("there is no room")
+    assert caught.value.retry_after_s == 8
+    with admission.admit(100), pytest.raises(Overloaded) as caught, admission.admit(1000):
+        pytest.fail("there is no room")
+    assert caught.value.retry_after_s == 30
+
+
+def test_tokens_of_queries_are_counted_from_their_letters_and_cut_as_they_are() -> None:
+    assert query_tokens(["", "a" * 40, "a" * 4000], most=32) == 4 + 14 + 32
+
+
+SECRET = "s" * 43
+
+
+def key(name: str, secret: str, *scopes: str) -> Key:
+    return Key.model_validate(
+        {"name": name, "sha256": keys.hashlib.sha256(secret.encode()).hexdigest(), "scopes": scopes}
+    )
+
+
+def test_a_new_key_is_found_by_its_hash_and_not_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    keys.main(["team-a"])
+    first, second = capsys.readouterr().out.splitlines()
+    secret = first.removeprefix("key: ")
+    found = Key.model_validate_json(second.removeprefix("keys: - "))
+    assert len(secret) == 43
+    assert secret not in second
+    assert (found.name, found.scopes) == ("team-a", ("read",))
+    assert keys.find_key([key("other", "x"), found], secret) == found
+    assert keys.find_key([found], secret[:-1]) is None
+    keys.main(["team-b", "--admin"])
+    assert '"scopes": ["read", "admin"]' in capsys.readouterr().out
+
+
+@pytest.fixture
+def client() -> Any:
+    app = FastAPI()
+    answer_errors(app)
+    app.add_middleware(guard.GuardMiddleware)
+
+    @app.get("/health")
+    async def health() -> str:
+        return "ok"
+
+    @app.post("/echo/{name}")
+    async def echo(name: str, request: Request) -> int:
+        guard.seen().facts["task"] = name
+        return len(await request.json())
+
+    yield TestClient(app, raise_server_exceptions=False)
+    guard.configure(guard.Settings())
+
+
+def test_a_key_opens_the_routes_and_probes_need_none(client: TestClient) -> None:
+    guard.configure(guard.Settings(keys=[key("team-a", SECRET, "read"), key("none", "n" * 43)]))
+    assert client.get("/health").status_code == 200
+    for headers in (
+        {"authorization": f"Bearer {SECRET}"},
+        {"x-api-key": SECRET},
+        {"authorization": f"bearer {SECRET} "},
+    ):
+        assert client.post("/echo/nq", json=[1, 2], headers=headers).json() == 2
+    for headers in ({}, {"x-api-key": "wrong"}, {"authorization": SECRET}, {"authorization": "Bearer "}):
+        refused = client.post("/echo/nq", json=[1, 2], headers=headers)
+        assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
+        assert refused.json()["error"]["message"].startswith("no key, or none that is known: send Authorization")
+    refused = client.post("/echo/nq", json=[1, 2], headers={"x-api-key": "n" * 43})
+    assert (refused.status_code, refused.json()["error"]["message"]) == (403, "key none may not ask")
+
+
+def test_a_body_over_the_limit_is_refused_whatever_its_header_says(client: TestClient) -> None:
+    guard.configure(guard.Settings(body_bytes=20))
+    assert client.post("/echo/nq", json=[1, 2]).status_code == 200
+
+    def pieces() -> Any:
+        yield from (b"[", b"1," * 20, b"1]")  # chunked: no Content-Length
+
+    for content in (b"[" + b"1," * 20 + b"1]", pieces()):
+        refused = client.post("/echo/nq", content=content, headers={"content-type": "application/json"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (413, "body")
+        assert refused.json()["error"]["message"].startswith("the body is longer than 20 bytes (limits.body_bytes)")
+
+
+def test_every_request_leaves_one_line_and_one_count(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    counted: list[tuple[str, str, int]] = []
+    settings = guard.Settings(
+        keys=[key("team-a", SECRET, "read")],
+        count=lambda method, route, status, _: counted.append((method, route, status)),
+    )
+    guard.configure(settings)
+    caplog.set_level(logging.INFO, logger="ray.serve")
+    headers = {"x-api-key": SECRET, "x-request-id": "mine"}
+    client.post("/echo/nq", json=["secret text"], headers=headers)
+    client.post("/echo/nq", json=[])
+    client.get("/nowhere", headers=headers)
+    lines = [json.loads(record.message) for record in caplog.records if record.name == "ray.serve"]
+    assert [(line["method"], line["path"], line["status"], line["key"]) for line in lines] == [
+        ("POST", "/echo/nq", 200, "team-a"),
+        ("POST", "/echo/nq", 401, None),
+        ("GET", "/nowhere", 404, "team-a"),
+    ]
+    assert (lines[0]["request_id"], lines[0]["task"]) == ("mine", "nq")
+    assert "secret text" not in caplog.text
+    assert SECRET not in caplog.text
+    assert counted == [("POST", "/echo/{name}", 200), ("POST", "none", 401), ("GET", "none", 404)]
+
+
+def shards(*calls: Callable[..., Awaitable[Results]], left_s: float = 5.0) -> tuple[Results | Exception, set[int]]:
+    """What a search of these shard deployments finds, and which of them have failed."""
+
+    async def run() -> tuple[Results | Exception, set[int]]:
+        loop = asyncio.get_running_loop()
+        remote = RemoteShards(calls, loop, "v", time.monotonic() + left_s)
+        query = np.ones((1, 2), dtype=np.float32)
+        try:
+            return await asyncio.to_thread(remote.search, query, 2, None), remote.failed
+        except ShardsLostError as error:
+            return error, remote.failed
+
+    return asyncio.run(run())
+
+
+def answering(*rows: int) -> Callable[..., Awaitable[Results]]:
+    async def call(version: Any, left_s: float, method: str, *arguments: Any) -> Results:
+        assert (version, method) == ("v", "search")
+        return Results(np.array([[float(row) for row in rows]], dtype=np.float32), np.array([rows]))
+
+    return call
+
+
+def failing(error: Exception, times: int, then: Callable[..., Awaitable[Results]]) -> Callable[..., Awaitable[Results]]:
+    left = [times]
+
+    async def call(*arguments: Any) -> Results:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise error
+        return await then(*arguments)
+
+    return call
+
+
+async def never(*arguments: Any) -> Results:
+    await asyncio.sleep(60)
+    raise AssertionError
+
+
+def test_shards_that_fail_are_left_out_and_told() -> None:
+    found, failed = shards(answering(5, 1), answering(7, 2))
+    assert isinstance(found, Results)
+    assert (found.rows_BK.tolist(), failed) == ([[7, 5]], set())
+    found, failed = shards(answering(5, 1), failing(ValueError("corrupt"), 1, answering(7, 2)))
+    assert isinstance(found, Results)
+    assert (found.rows_BK.tolist(), failed) == ([[5, 1]], {1})
+    found, failed = shards(answering(5, 1), never, left_s=0.1)
+    assert isinstance(found, Results)
+    assert (found.rows_BK.tolist(), failed) == ([[5, 1]], {1})
+    found, failed = shards(failing(ValueError("corrupt"), 1, answering(7, 2)))
+    assert isinstance(found, ShardsLostError)
+    assert failed == {0}
+
+
+def test_a_shard_whose_replica_dies_is_asked_again_once() -> None:
+    found, failed = shards(failing(ActorDiedError(), 1, answering(5, 1)), answering(7, 2))
+    assert isinstance(found, Results)
+    assert (found.rows_BK.tolist(), failed) == ([[7, 5]], set())
+    _, failed = shards(failing(ActorDiedError(), 2, answering(5, 1)), answering(7, 2))
+    assert failed == {0}
