@@ -11,6 +11,7 @@ import asyncio
 import base64
 import dataclasses
 import json
+import logging
 import platform
 import time
 from collections.abc import Sequence
@@ -27,13 +28,18 @@ from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from serve.admission import Admission, query_tokens
-from serve.deployments import Encoder, FoundAll, Search, Shard
+from serve.admission import Admission, Overloaded, query_tokens
+from serve.aliases import Aliases, Served, Table, open_version
+from serve.asks import FoundAll, Search
+from serve.deployments import Encoder, Shard
 from serve.errors import ERROR_RESPONSES, Late, TooLarge, Uncovered, answer_errors
 from serve.guard import GuardMiddleware, Settings, configure, seen
 from serve.metrics import Metrics
 from serve.remote import ShardsLostError
 from serve.schema import (
+    AliasesResponse,
+    AliasRequest,
+    AliasResponse,
     Answer,
     Coverage,
     Embedding,
@@ -54,25 +60,25 @@ from serve.schema import (
     Status,
     TasksResponse,
     Time,
-    Version,
 )
-from taskspec import __version__, store
+from taskspec import __version__
 from taskspec.errors import ConfigError, RequestError, TaskspecError
-from taskspec.index.manifest import KIND, IndexManifest
-from taskspec.model.contract import Contract, ContractTask
-from taskspec.retrieve.catalog import index_version
+from taskspec.model.contract import ContractTask
 from taskspec.retrieve.hits import Hit
 from taskspec.retrieve.retriever import check_request
-from taskspec.train.checkpoint import read_contract
 
 API_CPUS = 0.25
 """Logical share of a CPU that an HTTP replica reserves: it waits more than it works."""
+MOST_SHADOWS = 4
+"""Requests of one HTTP replica that are asked of two versions at the same time."""
 READY_TIMEOUT_S = 5.0
 """How long `GET /ready` waits for a query to come back from every shard."""
 KILT_LINES: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/x-ndjson": {}}, "description": "JSON, or JSON lines with format kilt"}
 }
 NO_BATCH = Time(wait_ms=0, embed_ms=0, search_ms=0, total_ms=0, batch_queries=0, cached_queries=0)
+
+logger = logging.getLogger("ray.serve")
 
 app = FastAPI(title="taskspec", description="One dense retriever for many retrieval tasks.", responses=ERROR_RESPONSES)
 answer_errors(app)
@@ -85,15 +91,6 @@ class Refusal(click.ClickException, RayServeException):
 
     def __init__(self, error: TaskspecError) -> None:
         super().__init__(f"{type(error).__name__}: {error}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Served:
-    """What the routes know of a version."""
-
-    version: Version
-    contract: Contract
-    index: IndexManifest
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -116,23 +113,13 @@ def build(args: dict[str, Any]) -> Application:
     return _bind(settings, served)
 
 
-def open_version(checkpoint: str, index: str) -> Served:
-    """Raises: ContractError, ArtifactError, StoreError."""
-    contract, manifest = read_contract(checkpoint), store.read_manifest(index, KIND)
-    facts = IndexManifest.of(index, manifest)
-    facts.require_built_by(contract, checkpoint, index)
-    return Served(Version(index_version(manifest.id), checkpoint, index), contract, facts)
-
-
 def _bind(args: ServeArgs, served: Served) -> Application:
     count = args.shard_deployments or len(served.index.shards)
     shards = [
-        Shard.options(name=f"Shard{number}", ray_actor_options={"num_cpus": args.shard_cpus}).bind(
-            args, served.version, number, count
-        )
+        Shard.options(name=f"Shard{number}", ray_actor_options={"num_cpus": args.shard_cpus}).bind(args, number, count)
         for number in range(count)
     ]
-    return Api.bind(args, served, Encoder.bind(args, served.version, shards))
+    return Api.bind(args, Aliases.bind(args, served), Encoder.bind(args, shards), count)
 
 
 def _kilt_lines(request: RetrieveRequest, found: Sequence[Sequence[Hit]]) -> Response:
@@ -169,8 +156,14 @@ class Known:
 class Api:
     """The routes."""
 
-    def __init__(self, args: ServeArgs, served: Served, encoder: DeploymentHandle) -> None:
-        self._args, self._served, self._encoder = args, served, encoder
+    def __init__(
+        self, args: ServeArgs, aliases: DeploymentHandle, encoder: DeploymentHandle, shard_deployments: int
+    ) -> None:
+        self._args, self._aliases, self._encoder = args, aliases, encoder
+        self._shard_deployments = shard_deployments
+        self._table: Table | None = None
+        self._following = asyncio.ensure_future(self._follow())
+        self._shadows: set[asyncio.Task[None]] = set()
         self._admission = Admission(args.limits.tokens_under_way)
         self._known: LRUCache[Any, Known] = LRUCache(args.cached_queries)
         self._metrics = Metrics(serve.get_replica_context().replica_tag)
@@ -180,8 +173,10 @@ class Api:
     async def retrieve(self, request: RetrieveRequest) -> RetrieveResponse | Response:
         """The best pages or passages for one query or several of one task."""
         began = time.monotonic()
-        served, texts = self._served, request.queries
+        texts = request.queries
         self._check(request.task, texts, request.timeout_ms, request.top_k)
+        table = self._served()
+        served = table.serving(request.task, texts[0])
         chosen = len(request.only_pages or ()) + len(request.without_pages)
         if chosen > self._args.limits.chosen_pages:
             limit = self._args.limits.chosen_pages
@@ -194,8 +189,8 @@ class Api:
         asked = [number for number in range(len(texts)) if number not in answers]
         found = None
         if asked:
-            found = await self._ask(request.task, [texts[n] for n in asked], search, request.timeout_ms)
-            self._require_covered(found, request.allow_partial)
+            found = await self._ask(served, request.task, [texts[n] for n in asked], search, request.timeout_ms)
+            self._require_covered(served, found, request.allow_partial)
             for number, hits, truncated in zip(asked, found.hits, found.truncated, strict=True):
                 answers[number] = Known(hits, truncated, found.complete)
                 if not found.failed and self._args.cached_queries:
@@ -204,12 +199,15 @@ class Api:
         spent = self._spent(request.task, found, len(asked), len(texts) - len(asked), began)
         if self._args.log_queries:
             seen().facts["query"] = request.query
+        seen().facts["version"] = served.version.id
+        if table.shadow and served is table.current:
+            self._start_shadow(table, request.task, texts, search, [one.hits for one in data])
         if request.format == "kilt":
             return _kilt_lines(request, [one.hits for one in data])
         return RetrieveResponse(
             model=served.contract.name,
             task=request.task,
-            index=self._index(),
+            index=self._index(served),
             data=[
                 Answer(
                     query=text,
@@ -219,7 +217,7 @@ class Api:
                 )
                 for text, one in zip(texts, data, strict=True)
             ],
-            coverage=self._coverage(found),
+            coverage=self._coverage(served, found),
             time=spent,
         )
 
@@ -228,12 +226,13 @@ class Api:
         """The embeddings of one query or several of one task, as /retrieve searches with them."""
         began = time.monotonic()
         self._check(request.task, request.queries, request.timeout_ms)
-        found = await self._ask(request.task, request.queries, None, request.timeout_ms)
+        served = self._served().current
+        found = await self._ask(served, request.task, request.queries, None, request.timeout_ms)
         self._spent(request.task, found, len(request.queries), 0, began)
         return EmbedResponse(
-            model=self._served.contract.name,
+            model=served.contract.name,
             task=request.task,
-            index=self._index(),
+            index=self._index(served),
             data=[
                 Embedding(embedding=row, truncated=cut)
                 for row, cut in zip(found.embeddings_BD.tolist(), found.truncated, strict=True)
@@ -245,13 +244,14 @@ class Api:
     async def openai_embeddings(self, request: OpenAIRequest) -> OpenAIResponse:
         """The same in the shape of OpenAI's API: `model` is `<name>@<task>`."""
         began = time.monotonic()
+        contract = self._served().current.contract
         name, _, task = request.model.partition("@")
-        tasks = [one.name for one in self._served.contract.tasks]
-        if name != self._served.contract.name or task not in tasks:
-            known = ", ".join(f"{self._served.contract.name}@{one}" for one in tasks)
+        tasks = [one.name for one in contract.tasks]
+        if name != contract.name or task not in tasks:
+            known = ", ".join(f"{contract.name}@{one}" for one in tasks)
             raise RequestError(f"unknown model {request.model!r}; known: {known}", param="model")
         self._check(task, request.queries, None, param="input")
-        found = await self._ask(task, request.queries, None, None)
+        found = await self._ask(self._served().current, task, request.queries, None, None)
         self._spent(task, found, len(request.queries), 0, began)
         rows: list[list[float] | str] = found.embeddings_BD.tolist()
         if request.encoding_format == "base64":
@@ -266,15 +266,17 @@ class Api:
     @app.get("/tasks")
     async def tasks(self) -> TasksResponse:
         """What may be asked: the tasks of the model."""
-        return TasksResponse(model=self._served.contract.name, tasks=list(self._served.contract.tasks))
+        contract = self._served().current.contract
+        return TasksResponse(model=contract.name, tasks=list(contract.tasks))
 
     @app.get("/info")
     async def info(self) -> InfoResponse:
         """What answers here, and every limit."""
-        index = self._served.index
+        served = self._served().current
+        index = served.index
         return InfoResponse(
-            model=self._served.contract.name,
-            index=self._index(),
+            model=served.contract.name,
+            index=self._index(served),
             passages=index.passages,
             dimension=index.dimension,
             shards=len(index.shards),
@@ -293,10 +295,36 @@ class Api:
     @app.get("/passages/{passage_id}")
     async def passage(self, passage_id: str) -> PassageResponse:
         """The text of a passage, by the id that a hit carries."""
-        found = await self._encoder.passage.remote(self._served.version, passage_id)
+        found = await self._encoder.passage.remote(self._served().current.version, passage_id)
         if found is None:
             raise HTTPException(404, f"the index has no passage {passage_id!r}")
         return PassageResponse(id=found.pop("passage_id"), **found)
+
+    @app.get("/aliases")
+    async def aliases(self) -> AliasesResponse:
+        """The alias that is served here, if versions are changed while serving."""
+        return AliasesResponse(aliases=[await self._aliases.state.remote()] if self._args.aliases else [])
+
+    @app.get("/aliases/{name}")
+    async def alias(self, name: str) -> AliasResponse:
+        """What an alias points to, and how its last change goes."""
+        self._require_alias(name)
+        state: AliasResponse = await self._aliases.state.remote()
+        return state
+
+    @app.put("/aliases/{name}", status_code=202)
+    async def change_alias(self, name: str, request: AliasRequest) -> AliasResponse:
+        """Begins to bring in a version: it is opened beside the one that is served, tried, and then answers."""
+        key = seen().key
+        if key is None or "admin" not in key.scopes:
+            raise HTTPException(403, "changing an alias takes a key of scope admin")
+        self._require_alias(name)
+        state: AliasResponse = await self._aliases.change.remote(request, key.name)
+        return state
+
+    def _require_alias(self, name: str) -> None:
+        if not self._args.aliases or name != self._args.alias:
+            raise HTTPException(404, f"there is no alias {name!r} here")
 
     @app.get("/health")
     async def health(self) -> Status:
@@ -306,9 +334,10 @@ class Api:
     @app.get("/ready")
     async def ready(self) -> Status:
         """A query comes back from every shard; 503 otherwise."""
-        contract = self._served.contract
+        served = self._served().current
         try:
-            found = await self._run(contract.tasks[0], ["ready"], Search(1, "passage", False), READY_TIMEOUT_S)
+            task = served.contract.tasks[0]
+            found = await self._run(served, task, ["ready"], Search(1, "passage", False), READY_TIMEOUT_S)
         except (RayActorError, RayServeException, ShardsLostError) as error:
             raise HTTPException(503, "no retriever answers; ask again, or see the Serve status") from error
         if found is None or found.failed:
@@ -330,25 +359,29 @@ class Api:
             raise RequestError(f"top_k is {top_k} but may be {limits.top_k} at most", param="top_k")
         if timeout_ms is not None and timeout_ms > limits.timeout_ms:
             raise RequestError(f"timeout_ms is {timeout_ms} but may be {limits.timeout_ms} at most", param="timeout_ms")
-        check_request((one.name for one in self._served.contract.tasks), task, texts, top_k)
+        check_request((one.name for one in self._served().current.contract.tasks), task, texts, top_k)
 
-    async def _ask(self, task: str, texts: list[str], search: Search | None, timeout_ms: int | None) -> FoundAll:
+    async def _ask(
+        self, served: Served, task: str, texts: list[str], search: Search | None, timeout_ms: int | None
+    ) -> FoundAll:
         """Raises: Overloaded, Late, ShardsLostError, and what Serve raises if no encoder can be reached."""
-        (of_task,) = [one for one in self._served.contract.tasks if one.name == task]
+        (of_task,) = [one for one in served.contract.tasks if one.name == task]
         timeout_ms = timeout_ms or self._args.limits.timeout_ms
         with self._admission.admit(query_tokens(texts, of_task.max_query_tokens)):
-            found = await self._run(of_task, texts, search, timeout_ms / 1000)
+            found = await self._run(served, of_task, texts, search, timeout_ms / 1000)
         if found is None:
             raise Late(f"no answer within {timeout_ms} ms; ask for fewer queries, or with a longer timeout_ms")
         return found
 
-    async def _run(self, task: ContractTask, texts: list[str], search: Search | None, left_s: float) -> FoundAll | None:
+    async def _run(
+        self, served: Served, task: ContractTask, texts: list[str], search: Search | None, left_s: float
+    ) -> FoundAll | None:
         """Asks an encoder; one that dies meanwhile is replaced by another. None if it is too late."""
         deadline = time.monotonic() + left_s
         tokens = [query_tokens([text], task.max_query_tokens) for text in texts]
         for last in (False, True):
             left_s = deadline - time.monotonic()
-            call = self._encoder.run.remote(self._served.version, task.name, texts, tokens, search, left_s)
+            call = self._encoder.run.remote(served.version, task.name, texts, tokens, search, left_s)
             try:
                 found: FoundAll | None = await asyncio.wait_for(call, left_s)
                 return found
@@ -359,9 +392,9 @@ class Api:
                     raise
         raise AssertionError
 
-    def _require_covered(self, found: FoundAll, allow_partial: bool) -> None:
+    def _require_covered(self, served: Served, found: FoundAll, allow_partial: bool) -> None:
         """Raises: Uncovered."""
-        coverage = self._coverage(found)
+        coverage = self._coverage(served, found)
         if coverage.full:
             return
         counts = coverage.shards
@@ -371,10 +404,9 @@ class Api:
         if counts.successful < self._args.min_coverage * counts.total:
             raise Uncovered(f"{missing}, min_coverage asks for {self._args.min_coverage:g} of them; ask again")
 
-    def _coverage(self, found: FoundAll | None) -> Coverage:
-        total = len(self._served.index.shards)
-        deployments = self._args.shard_deployments or total
-        failed = sum(number % deployments in found.failed for number in range(total)) if found else 0
+    def _coverage(self, served: Served, found: FoundAll | None) -> Coverage:
+        total = len(served.index.shards)
+        failed = sum(number % self._shard_deployments in found.failed for number in range(total)) if found else 0
         counts = ShardCounts(total=total, successful=total - failed, failed=failed)
         return Coverage(full=not failed, shards=counts)
 
@@ -396,5 +428,46 @@ class Api:
         seen().facts |= {"task": task, "queries": asked + cached, **spent.model_dump()}
         return spent
 
-    def _index(self) -> IndexInfo:
-        return IndexInfo(alias=None, version=self._served.version.id, fingerprint=self._served.index.fingerprint)
+    def _index(self, served: Served) -> IndexInfo:
+        alias = self._args.alias if self._args.aliases else None
+        return IndexInfo(alias=alias, version=served.version.id, fingerprint=served.index.fingerprint)
+
+    def _served(self) -> Table:
+        """Raises: HTTPException while the replica has only just started."""
+        if self._table is None:
+            raise HTTPException(503, "the server is starting; ask again")
+        return self._table
+
+    async def _follow(self) -> None:
+        """Keeps the table as `Aliases` has it; while that is started again the last one counts."""
+        while True:
+            try:
+                self._table = await self._aliases.table.remote(self._table)
+            except Exception as error:
+                logger.warning("Aliases does not answer: %s", type(error).__name__)
+                await asyncio.sleep(1)
+
+    def _start_shadow(
+        self, table: Table, task: str, texts: list[str], search: Search, hits: Sequence[Sequence[Hit]]
+    ) -> None:
+        """Asks the candidate the same, unless there is much to do, and tells how far its hits agree."""
+        if len(self._shadows) < MOST_SHADOWS and 2 * self._admission.tokens <= self._args.limits.tokens_under_way:
+            shadow = asyncio.create_task(self._shadow(table, task, texts, search, hits))
+            self._shadows.add(shadow)
+            shadow.add_done_callback(self._shadows.discard)
+
+    async def _shadow(
+        self, table: Table, task: str, texts: list[str], search: Search, hits: Sequence[Sequence[Hit]]
+    ) -> None:
+        candidate = table.candidate
+        assert candidate is not None
+        try:
+            found = await self._ask(candidate, task, texts, search, None)
+        except (Overloaded, Late, ShardsLostError, RayActorError, RayServeException):
+            return  # the answer has been given; nothing is lost but a comparison
+        overlaps = [
+            len({hit.id for hit in old} & {hit.id for hit in new}) / len(old)
+            for old, new in zip(hits, found.hits, strict=True)
+            if old
+        ]
+        await self._aliases.compare.remote(task, candidate.version.id, overlaps)

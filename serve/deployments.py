@@ -8,12 +8,13 @@ here knows HTTP.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import faiss
@@ -22,6 +23,8 @@ import torch
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from serve.aliases import Table
+from serve.asks import Ask, Batch, Embedded, Found, FoundAll, Search
 from serve.batching import Batcher, LateError
 from serve.remote import RemoteShards
 from serve.schema import ServeArgs, Version
@@ -31,8 +34,9 @@ from taskspec.index.page_ids import PAGE_ID_FILES
 from taskspec.index.shard import Results, load_shard
 from taskspec.model.encoder import TextEncoder
 from taskspec.retrieve.catalog import Catalog, LocalShards
-from taskspec.retrieve.hits import Hit, Level
 from taskspec.train.checkpoint import open_encoder
+
+logger = logging.getLogger("ray.serve")
 
 Key = TypeVar("Key", bound=Hashable)
 Opened = TypeVar("Opened")
@@ -44,86 +48,13 @@ NO_ACCESS_LOG = {"enable_access_log": False}
 """`guard` writes a line per request."""
 
 
-@dataclass(frozen=True, slots=True)
-class Search:
-    """What a request asks of its queries."""
-
-    top_k: int
-    level: Level
-    with_text: bool
-    only_pages: tuple[str, ...] | None = None
-    without_pages: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """Queries of one task for one batch."""
-
-    version: Version
-    task: str
-    texts: tuple[str, ...]
-    search: Search | None
-    """None asks for embeddings."""
-    deadline: float
-    """By the encoder's monotonic clock."""
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """What the queries of one batch share."""
-
-    began: float
-    """By the replica's monotonic clock, in seconds."""
-    queries: int
-    embed_ms: float
-    search_ms: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Embedded:
-    """Between the two stages."""
-
-    embeddings_BD: np.ndarray
-    truncated_B: np.ndarray
-    tokens_B: np.ndarray
-    batch: Batch
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What was made of one `Ask`."""
-
-    embedded: Embedded
-    hits: list[list[Hit]] | None
-    """None if only embeddings were asked for."""
-    complete: bool
-    """Whether each query has as many hits as it asked for, or all there are."""
-    failed: frozenset[int]
-    """Shard deployments that did not answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class FoundAll:
-    """What was made of one request."""
-
-    hits: list[list[Hit]]
-    embeddings_BD: np.ndarray
-    truncated: list[bool]
-    tokens: int
-    complete: bool
-    failed: frozenset[int]
-    last: Batch
-    """The batch that the request waited for longest."""
-    wait_ms: float
-    """Until that batch began."""
-
-
 class Versions(Generic[Opened]):
-    """What a replica has open: the versions that are served, and one that is being brought in."""
+    """What a replica has open: what `Aliases` says, which is asked again and again."""
 
     def __init__(self, open_one: Callable[[Version], Opened]) -> None:
         self._open_one = open_one
         self._opened: dict[str, Opened] = {}
+        self._failed: dict[str, str] = {}
         self._lock = threading.Lock()
 
     def get(self, version: Version) -> Opened:
@@ -135,6 +66,40 @@ class Versions(Generic[Opened]):
                     self._opened[version.id] = self._open_one(version)
                 opened = self._opened[version.id]
         return opened
+
+    async def start(self) -> None:
+        """Opens what is served now, and follows from then on.    Raises: ArtifactError, StoreError."""
+        context = serve.get_replica_context()
+        aliases = serve.get_deployment_handle("Aliases", context.app_name)
+        table: Table = await aliases.table.remote()
+        await self._keep(table)
+        await asyncio.to_thread(self.get, table.current.version)  # without it the replica must not start
+        self._following = asyncio.create_task(self._follow(aliases, context.deployment, context.replica_tag, table))
+
+    async def _follow(self, aliases: DeploymentHandle, deployment: str, replica: str, table: Table) -> None:
+        while True:
+            try:
+                has = frozenset(self._opened)
+                table = await aliases.follow.remote(deployment, replica, has, dict(self._failed), table)
+            except Exception as error:  # it is being started again: what is open stays open
+                logger.warning("Aliases does not answer %s: %s", replica, type(error).__name__)
+                await asyncio.sleep(1)
+                continue
+            await self._keep(table)
+
+    async def _keep(self, table: Table) -> None:
+        """Opens what is missing, one after the other, and closes what is no longer wanted."""
+        wanted = {version.id: version for version in table.versions}
+        self._failed = {name: reason for name, reason in self._failed.items() if name in wanted}
+        for name, version in wanted.items():
+            if name not in self._opened and name not in self._failed:
+                try:
+                    await asyncio.to_thread(self.get, version)
+                except Exception as error:
+                    logger.exception("version %s cannot be opened", name)
+                    self._failed[name] = str(error)
+        for name in self._opened.keys() - wanted.keys():
+            del self._opened[name]
 
 
 @dataclass(frozen=True)
@@ -155,14 +120,14 @@ def open_model(version: Version) -> OpenModel:
 class Encoder:
     """Embeds queries, asks the shards, and makes hits of what they find."""
 
-    async def __init__(self, args: ServeArgs, version: Version, shards: list[DeploymentHandle]) -> None:
+    async def __init__(self, args: ServeArgs, shards: list[DeploymentHandle]) -> None:
         torch.set_num_threads(args.threads or os.cpu_count() or 1)
         self._calls = [handle.run.remote for handle in shards]
         self._most_tokens = args.batch_tokens
         self._models = Versions(open_model)
         self._embedding = ThreadPoolExecutor(1, "embed")
         self._searching = ThreadPoolExecutor(SEARCH_THREADS, "search")
-        await asyncio.get_running_loop().run_in_executor(self._embedding, self._models.get, version)
+        await self._models.start()
         self._batcher: Batcher[Ask, Embedded, Found] = Batcher(self._embed, self._search, args.batch_tokens)
 
     async def run(
@@ -267,10 +232,9 @@ class Encoder:
             assert ask.search is not None
             own = [each[: ask.search.top_k] for each in hits[start : start + len(ask.texts)]]
             start += len(ask.texts)
-            batch = Batch(one.batch.began, one.batch.queries, one.batch.embed_ms, search_ms)
             there_are = min(ask.search.top_k, catalog.count(search.level, pages))
             complete = not shards.failed and all(len(each) >= there_are for each in own)
-            with_time = Embedded(one.embeddings_BD, one.truncated_B, one.tokens_B, batch)
+            with_time = replace(one, batch=replace(one.batch, search_ms=search_ms))
             found.append(Found(with_time, own, complete, frozenset(shards.failed)))
         return found
 
@@ -279,11 +243,11 @@ class Encoder:
 class Shard:
     """The shards of an index with this deployment's number, plus any multiple of the number of deployments."""
 
-    async def __init__(self, args: ServeArgs, version: Version, number: int, of: int) -> None:
+    async def __init__(self, args: ServeArgs, number: int, of: int) -> None:
         faiss.omp_set_num_threads(args.shard_threads or os.cpu_count() or 1)
         self._number, self._of = number, of
         self._versions = Versions(self._open)
-        await asyncio.to_thread(self._versions.get, version)
+        await self._versions.start()
 
     def _open(self, version: Version) -> LocalShards:
         manifest = IndexManifest.of(version.index, store.read_manifest(version.index, KIND))

@@ -18,17 +18,26 @@ from starlette.exceptions import HTTPException
 from serve.admission import Overloaded
 from serve.guard import seen
 from serve.remote import ShardsLostError
-from serve.schema import EmbedRequest, Error, ErrorResponse, OpenAIRequest, RetrieveRequest
-from taskspec.errors import RequestError
+from serve.schema import AliasRequest, EmbedRequest, Error, ErrorResponse, OpenAIRequest, RetrieveRequest
+from taskspec.errors import RequestError, TaskspecError
 
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 405, 413, 422, 429, 500, 503, 504)
+    status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 405, 409, 413, 422, 429, 500, 503, 504)
 }
 """What `/docs` says of errors."""
-BODIES = {"/retrieve": RetrieveRequest, "/embed": EmbedRequest, "/v1/embeddings": OpenAIRequest}
+BODIES = {
+    "/retrieve": RetrieveRequest,
+    "/embed": EmbedRequest,
+    "/v1/embeddings": OpenAIRequest,
+    "/aliases/{name}": AliasRequest,
+}
 RETRY_AFTER = {"retry-after": "1"}
 
 logger = logging.getLogger("ray.serve")
+
+
+class Conflict(TaskspecError):
+    """The alias is not as the request expects it, or is being changed."""
 
 
 class TooLarge(RequestError):
@@ -49,6 +58,7 @@ def answer_errors(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _rule_of_the_schema)
     app.add_exception_handler(HTTPException, _refusal)
     app.add_exception_handler(Overloaded, _overload)
+    app.add_exception_handler(Conflict, _conflict)
     app.add_exception_handler(Late, _deadline)
     for kind in (Uncovered, ShardsLostError):
         app.add_exception_handler(kind, _no_shard)
@@ -60,6 +70,11 @@ def answer_errors(app: FastAPI) -> None:
 def _answer(status: int, error: Error, headers: dict[str, str] | None = None) -> JSONResponse:
     content = ErrorResponse(error=error, request_id=seen().request_id).model_dump()
     return JSONResponse(content, status_code=status, headers=headers)
+
+
+def _said(exception: Exception) -> str:
+    """What an error says; one that comes from another process says where it was raised as well."""
+    return str(getattr(exception, "cause", exception))
 
 
 async def _rule_of_the_retriever(request: Request, exception: Exception) -> JSONResponse:
@@ -78,8 +93,9 @@ async def _rule_of_the_schema(request: Request, exception: Exception) -> JSONRes
     status = 422
     if problem["type"] == "json_invalid":
         message, param, status = f"the body is not JSON: {problem['ctx']['error']}", None, 400
-    elif problem["type"] == "extra_forbidden" and request.url.path in BODIES:
-        message = f"unknown field {param}; known: {', '.join(BODIES[request.url.path].model_fields)}"
+    elif problem["type"] == "extra_forbidden":
+        route = request.scope["route"].path
+        message = f"unknown field {param}; known: {', '.join(BODIES[route].model_fields)}"
     elif param:
         message = f"{param}: {message}"
     return _answer(status, Error(message=message, type="invalid_request", param=param, code=problem["type"]))
@@ -92,6 +108,8 @@ async def _refusal(request: Request, exception: Exception) -> JSONResponse:
     if error.status_code == 404:
         code = "no_route" if error.detail == "Not Found" else "not_found"
         return _answer(404, Error(message=message, type="not_found", param=None, code=code))
+    if error.status_code == 403:
+        return _answer(403, Error(message=message, type="unauthorized", param=None, code="scope"))
     if error.status_code == 413:
         return _answer(413, Error(message=error.detail, type="too_large", param=None, code="body"))
     if error.status_code == 503:
@@ -106,13 +124,18 @@ async def _overload(request: Request, exception: Exception) -> JSONResponse:
     return _answer(429, told, {"retry-after": str(error.retry_after_s)})
 
 
+async def _conflict(request: Request, exception: Exception) -> JSONResponse:
+    """The state is not as the request expects it."""
+    return _answer(409, Error(message=_said(exception), type="conflict", param=None, code="conflict"))
+
+
 async def _deadline(request: Request, exception: Exception) -> JSONResponse:
     return _answer(504, Error(message=str(exception), type="deadline", param="timeout_ms", code="deadline"))
 
 
 async def _no_shard(request: Request, exception: Exception) -> JSONResponse:
     """Shards of the index do not answer."""
-    return _answer(503, Error(message=str(exception), type="unavailable", param=None, code="no_shard"), RETRY_AFTER)
+    return _answer(503, Error(message=_said(exception), type="unavailable", param=None, code="no_shard"), RETRY_AFTER)
 
 
 async def _no_encoder(request: Request, exception: Exception) -> JSONResponse:

@@ -32,8 +32,7 @@ class Seen:
     """What is noted about a request while it is served, for the log and the metrics."""
 
     request_id: str
-    key: str | None = None
-    """Name of the key."""
+    key: Key | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     """What the route adds: task, queries, tokens, stages."""
 
@@ -110,7 +109,7 @@ class GuardMiddleware:
                 "path": scope["path"],
                 "status": status,
                 "ms": round(1000 * seconds, 2),
-                "key": request.key,
+                "key": request.key.name if request.key else None,
             }
             logger.info("%s", json.dumps(line | request.facts, ensure_ascii=False))
 
@@ -125,7 +124,7 @@ class GuardMiddleware:
                 message = "no key, or none that is known: send Authorization: Bearer KEY, or X-API-Key: KEY"
                 error = Error(message=message, type="unauthorized", param=None, code="no_key")
                 return 401, error, {"www-authenticate": "Bearer"}
-            request.key = key.name
+            request.key = key
             if "read" not in key.scopes and "admin" not in key.scopes:
                 error = Error(message=f"key {key.name} may not ask", type="unauthorized", param=None, code="scope")
                 return 403, error, {}

@@ -86,6 +86,11 @@ def _is_missing(error: Exception) -> bool:
     return code in ("404", "NoSuchKey", "NotFound")
 
 
+def _is_conflict(error: Exception) -> bool:
+    response = getattr(error, "response", None) or {}
+    return response.get("Error", {}).get("Code") in ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
+
+
 def open_input(uri: str) -> IO[bytes]:
     """A readable stream of one file's bytes, never the whole file in memory. Raises: StoreError."""
     with _named(uri, "read"):
@@ -146,6 +151,37 @@ def write_bytes(uri: str, content: bytes) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def swap(uri: str, expected: bytes | None, content: bytes) -> bool:
+    """Replaces a small file if it still holds what is expected, so that of two writers only one wins.
+
+    Args: expected: what it held when it was read; None is no file.    Returns: whether it was replaced.
+    Raises: StoreError.
+    """
+    with _named(uri, "written"):
+        if not is_s3(uri):
+            Path(uri).parent.mkdir(parents=True, exist_ok=True)
+            with open(f"{uri}.lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                held = Path(uri).read_bytes() if Path(uri).exists() else None
+                if held == expected:
+                    write_bytes(uri, content)
+                return held == expected
+        bucket, key = _split(uri)
+        condition = {"IfNoneMatch": "*"}
+        try:
+            if expected is not None:
+                held_object = _s3().get_object(Bucket=bucket, Key=key)
+                if held_object["Body"].read() != expected:
+                    return False
+                condition = {"IfMatch": held_object["ETag"]}
+            _s3().put_object(Bucket=bucket, Key=key, Body=content, **condition)
+        except Exception as error:
+            if _is_missing(error) or _is_conflict(error):
+                return False
+            raise
+    return True
 
 
 def exists(uri: str) -> bool:

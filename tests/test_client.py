@@ -20,7 +20,7 @@ HIT = {"rank": 1, "id": "7", "score": 0.5, "wikipedia_id": "7", "title": "Ceres"
 
 
 def answer(query: str) -> dict[str, Any]:
-    return {"query": query, "truncated": False, "hits": [HIT]}
+    return {"query": query, "truncated": False, "complete": True, "hits": [HIT]}
 
 
 class Server(ThreadingHTTPServer):
@@ -120,7 +120,7 @@ def test_a_query_gets_its_hits(server, ask):
     (found,) = ask(
         server.url, lambda client: client.retrieve("who", "nq", top_k=3), headers={"authorization": "Bearer k"}
     )
-    assert found == Answer("who", False, (Hit(**HIT),), "v1")
+    assert found == Answer("who", False, True, (Hit(**HIT),), "v1")
     assert server.requests == [
         {"query": ["who"], "task": "nq", "top_k": 3, "level": "page", "with_text": False, "_key": "Bearer k"}
     ]
@@ -218,3 +218,12 @@ def test_an_endpoint_that_is_not_there_is_named(ask):
     with pytest.raises(EndpointError, match=r"/retrieve: no answer in time.*is the endpoint there") as caught:
         ask("http://127.0.0.1:9", lambda client: client.retrieve("who", "nq"), timeout_s=0.5)
     assert caught.value.status is None
+
+
+def test_what_may_be_found_is_asked_only_where_it_is_said(server: Server) -> None:
+    with Client(server.url) as client:
+        client.retrieve("who", "nq")
+        client.retrieve("who", "nq", only_pages=("1", "2"), without_pages=["3"], allow_partial=True)
+    plain, chosen = server.requests
+    assert not {"only_pages", "without_pages", "allow_partial"} & plain.keys()
+    assert (chosen["only_pages"], chosen["without_pages"], chosen["allow_partial"]) == (["1", "2"], ["3"], True)

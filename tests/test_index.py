@@ -20,6 +20,7 @@ from taskspec.data.rows import RowStore
 from taskspec.errors import ArtifactError, ConfigError, PlacementError, RecallError
 from taskspec.index import build
 from taskspec.index.embed import EmbedPassages
+from taskspec.index.golden import GOLDEN_FILE, read_golden
 from taskspec.index.manifest import KIND, PASSAGE_COLUMNS, PASSAGES_FILE, IndexManifest
 from taskspec.index.shard import load_shard
 from taskspec.model.contract import Contract
@@ -63,7 +64,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for row, text in enumerate(passage_texts())
     ]
     queries = [
-        {"query_id": str(row), "text": passage_texts()[row], "gold_pages": [[]], "positives": [], "gold_page_rows": []}
+        {
+            "query_id": str(row),
+            "text": passage_texts()[row],
+            "gold_pages": [[str(row // 2)], ["7", "8"]],
+            "positives": [],
+            "gold_page_rows": [],
+        }
         for row in range(DEV_QUERIES)
     ]
     prepared, facts = str(folder / "prepared"), {"queries": {"nq": {"dev": DEV_QUERIES}}}
@@ -139,6 +146,15 @@ def test_the_text_store_holds_the_prepared_passages(folder: Path, built: dict[st
     prepared = PreparedData.open(str(folder / "prepared")).passages
     assert texts.schema.names == list(PASSAGE_COLUMNS)
     assert texts.take(range(PASSAGES), PASSAGE_COLUMNS) == prepared.take(range(PASSAGES), PASSAGE_COLUMNS)
+
+
+def test_the_index_carries_golden_queries(folder: Path, built: dict[str, Any], tmp_path: Path) -> None:
+    golden = read_golden(Path(built["uri"]) / GOLDEN_FILE)
+    assert [(one.task, one.query) for one in golden] == [("nq", text) for text in passage_texts()[:DEV_QUERIES]]
+    assert golden[7].gold_pages == (("3",), ("7", "8"))
+    (tmp_path / "golden.jsonl").write_text(golden[0].model_dump_json() + "\n{}\n", encoding="utf-8")
+    with pytest.raises(ArtifactError, match=r"golden\.jsonl line 2: is no golden query; build the index again"):
+        read_golden(tmp_path / "golden.jsonl")
 
 
 def test_a_retriever_opens_what_the_job_built(folder: Path, built: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ import base64
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,109 +13,46 @@ from typing import Any
 
 import httpx
 import numpy as np
-import pyarrow as pa
 import pytest
-import ray.serve
 from cachetools import LRUCache
 from fastapi import FastAPI, HTTPException
 from fastapi.testclient import TestClient
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from small_index import TEXTS, TITLES, configuration, publish_index, publish_model, serving
 
 from serve.admission import Admission, Overloaded
-from serve.app import Api, Refusal, build, open_version
-from serve.deployments import Batch, FoundAll
+from serve.aliases import Table, open_version
+from serve.app import Api, Refusal, build
+from serve.asks import Batch, FoundAll
 from serve.errors import Late, Uncovered, answer_errors
 from serve.guard import GuardMiddleware, Seen, note
 from serve.metrics import Metrics
 from serve.remote import ShardsLostError
 from serve.schema import Limits, RetrieveRequest, RetrieveResponse, ServeArgs
 from taskspec import store
-from taskspec.config import parse_config
-from taskspec.data.rows import RowStore
-from taskspec.index.manifest import KIND, PASSAGES_FILE, IndexManifest, ShardFile
-from taskspec.index.page_ids import PageIds
-from taskspec.index.recall import MeasuredRecall
-from taskspec.index.shard import make_shard
-from taskspec.model.contract import Contract
-from taskspec.model.encoder import build_encoder
+from taskspec.index.manifest import KIND
 from taskspec.retrieve.catalog import index_version
 from taskspec.retrieve.hits import Hit
 from taskspec.retrieve.retriever import Retriever
-from taskspec.train.checkpoint import open_encoder, publish_checkpoint
 
-TITLES = ("Ceres", "Europa", "Io", "Phobos", "Titan", "Triton")
-TEXTS = [f"{title} is a small body number {part} far from the sun" for title in TITLES for part in range(2)]
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def publish_index(uri: str, contract: Contract, checkpoint: str) -> None:
-    """Two passages per title, in two shards."""
-    titles = [title for title in TITLES for _ in range(2)]
-    embeddings_ND = open_encoder(checkpoint).embed_passages(titles, TEXTS)
-    facts: dict[str, Any] = {}
-    with store.publishing(uri, KIND, inputs={}, config={}, facts=facts) as folder:
-        files = []
-        for row_start, rows in ((0, 5), (5, 7)):
-            shard = make_shard("flat", embeddings_ND[row_start : row_start + rows], row_start)
-            shard.save(folder / f"{row_start}.faiss")
-            file = ShardFile(
-                file=f"{row_start}.faiss", row_start=row_start, rows=rows, sha256="", max_norm=shard.max_norm
-            )
-            files.append(file)
-        table = pa.table(
-            {
-                "passage_id": [f"{row // 2}:{row % 2}" for row in range(len(TEXTS))],
-                "page_row": [row // 2 for row in range(len(TEXTS))],
-                "wikipedia_id": [str(row // 2) for row in range(len(TEXTS))],
-                "title": titles,
-                "text": TEXTS,
-            }
-        )
-        RowStore.write(folder / PASSAGES_FILE, [table])
-        PageIds.of(RowStore(folder / PASSAGES_FILE)).save(folder)
-        manifest = IndexManifest(
-            contract=contract,
-            fingerprint=contract.fingerprint,
-            prepared="",
-            precision="fp32",
-            kind="flat",
-            factory="Flat",
-            dimension=contract.dimension,
-            passages=len(TEXTS),
-            shards=tuple(files),
-            recall=MeasuredRecall(at=10, wanted=0.95, tasks={}),
-            recall_queries=200,
-        )
-        facts.update(manifest.model_dump(mode="json"))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint `checkpoint` with its index `index`, and `other` of other weights."""
     folder = tmp_path_factory.mktemp("serve")
-    tree = {
-        "name": "tiny",
-        "artifacts": str(folder),
-        "tasks": [{"name": "nq", "max_query_tokens": 24}, {"name": "fever", "max_query_tokens": 24}],
-        "model": {"scratch": {"vocabulary": 200, "width": 16, "layers": 1, "heads": 2}},
-    }
-    config = parse_config(tree, "test")
-    for name, seed in (("checkpoint", 0), ("other", 1)):
-        encoder, tokenizer = build_encoder(config.model, TEXTS, seed)
-        uri = str(folder / name)
-        contract = publish_checkpoint(uri, config, encoder, tokenizer, step=0, state={}, inputs={}, dev_accuracy={})
-        if name == "checkpoint":
-            publish_index(str(folder / "index"), contract, uri)
+    config = configuration(folder)
+    contract = publish_model(str(folder / "checkpoint"), config, seed=0)
+    publish_model(str(folder / "other"), config, seed=1)
+    publish_index(str(folder / "index"), contract, str(folder / "checkpoint"))
     return folder
 
 
 @pytest.fixture(scope="module")
 def url(folder: Path, ray_cluster: None) -> Iterator[str]:
     """The server, on a free port of this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     args = ServeArgs(
         checkpoint=str(folder / "checkpoint"),
         index=str(folder / "index"),
@@ -125,10 +61,8 @@ def url(folder: Path, ray_cluster: None) -> Iterator[str]:
         shard_threads=1,
         shard_cpus=0.25,
     )
-    ray.serve.start(http_options={"host": "127.0.0.1", "port": port})
-    ray.serve.run(build(args.model_dump()), name="taskspec", route_prefix="/")
-    yield f"http://127.0.0.1:{port}"
-    ray.serve.shutdown()
+    with serving(args) as url:
+        yield url
 
 
 def post(url: str, **body: object) -> httpx.Response:
@@ -372,7 +306,8 @@ def api_of(folder: Path, answer: FoundAll | Exception, **args: Any) -> Any:
     """The routes in this process, without Serve."""
     api = object.__new__(Api.func_or_class.__mro__[1])
     api._args = ServeArgs(checkpoint=str(folder / "checkpoint"), index=str(folder / "index"), **args)
-    api._served = open_version(api._args.checkpoint, api._args.index)
+    served = open_version(api._args.checkpoint, api._args.index)
+    api._table, api._shard_deployments = Table(1, served), api._args.shard_deployments or len(served.index.shards)
     api._encoder = Unreachable(answer)
     api._admission = Admission(api._args.limits.tokens_under_way)
     api._known = LRUCache(10)
@@ -507,7 +442,7 @@ def test_serve_run_ends_with_one_line_before_ray_starts(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"checkpoint": "c"}, "argument index: Field required; known: checkpoint, index, keys"),
+        ({"checkpoint": "c"}, "argument index: Field required; known: checkpoint, index, aliases"),
         ({"checkpoint": "c", "index": "i", "treads": "2"}, "argument treads: Extra inputs are not permitted; known:"),
     ],
 )

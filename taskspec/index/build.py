@@ -31,6 +31,7 @@ from taskspec.data.rows import RowStore
 from taskspec.errors import ArtifactError, ConfigError, RecallError
 from taskspec.index.checks import require_finite, require_own_rows
 from taskspec.index.embed import EmbedPassages
+from taskspec.index.golden import GOLDEN_FILE, write_golden
 from taskspec.index.kinds import KINDS
 from taskspec.index.manifest import KIND, PASSAGE_COLUMNS, PASSAGES_FILE, IndexManifest, ShardFile
 from taskspec.index.page_ids import PageIds
@@ -335,6 +336,7 @@ def _publish(out: str, source: Source, plan: Sequence[PlannedShard]) -> IndexMan
             )
         passages = RowStore.write(folder / PASSAGES_FILE, _text_tables(source.prepared.passages))
         PageIds.of(source.prepared.passages).save(folder)
+        write_golden(folder / GOLDEN_FILE, source.prepared, [task.name for task in source.contract.tasks])
         manifest = IndexManifest(
             contract=source.contract,
             fingerprint=source.contract.fingerprint,

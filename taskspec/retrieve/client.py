@@ -37,6 +37,8 @@ class Answer:
     query: str
     truncated: bool
     """Whether the query was longer than its task allows and was cut."""
+    complete: bool
+    """Whether the hits are all that were asked for, or all that there are."""
     hits: tuple[Hit, ...]
     index_version: str
 
@@ -62,12 +64,26 @@ class Client:
         self._turn = threading.BoundedSemaphore(concurrency)
 
     def retrieve(
-        self, query: str | Sequence[str], task: str, *, top_k: int = 10, level: Level = "page", with_text: bool = False
+        self,
+        query: str | Sequence[str],
+        task: str,
+        *,
+        top_k: int = 10,
+        level: Level = "page",
+        with_text: bool = False,
+        only_pages: Sequence[str] | None = None,
+        without_pages: Sequence[str] = (),
+        allow_partial: bool = False,
     ) -> list[Answer]:
-        """The hits of a query, or of each of several. Raises: EndpointError."""
+        """The hits of a query, or of each of several.
+
+        Args: only_pages, without_pages: wikipedia ids of pages that may, or may not, be found. allow_partial: answer
+            from the rest of the index while a part of it is down.    Raises: EndpointError.
+        """
         deadline = time.monotonic() + self._timeout_s
         answers = []
-        for body in _bodies(query, self._batch_size, task=task, top_k=top_k, level=level, with_text=with_text):
+        search = _search(top_k, level, with_text, only_pages, without_pages, allow_partial)
+        for body in _bodies(query, self._batch_size, task=task, **search):
             answers += _answers(self._call("POST", "/retrieve", deadline, json=body))
         return answers
 
@@ -127,11 +143,25 @@ class AsyncClient:
         self._turn = asyncio.Semaphore(concurrency)
 
     async def retrieve(
-        self, query: str | Sequence[str], task: str, *, top_k: int = 10, level: Level = "page", with_text: bool = False
+        self,
+        query: str | Sequence[str],
+        task: str,
+        *,
+        top_k: int = 10,
+        level: Level = "page",
+        with_text: bool = False,
+        only_pages: Sequence[str] | None = None,
+        without_pages: Sequence[str] = (),
+        allow_partial: bool = False,
     ) -> list[Answer]:
-        """The hits of a query, or of each of several. Raises: EndpointError."""
+        """The hits of a query, or of each of several.
+
+        Args: only_pages, without_pages: wikipedia ids of pages that may, or may not, be found. allow_partial: answer
+            from the rest of the index while a part of it is down.    Raises: EndpointError.
+        """
         deadline = time.monotonic() + self._timeout_s
-        bodies = _bodies(query, self._batch_size, task=task, top_k=top_k, level=level, with_text=with_text)
+        search = _search(top_k, level, with_text, only_pages, without_pages, allow_partial)
+        bodies = _bodies(query, self._batch_size, task=task, **search)
         async with asyncio.TaskGroup() as group:
             calls = [group.create_task(self._quietly("POST", "/retrieve", deadline, json=body)) for body in bodies]
         answers = []
@@ -250,9 +280,29 @@ def _bodies(query: str | Sequence[str], size: int, **fields: Any) -> list[dict[s
     return [{"query": queries[first : first + size], **fields} for first in range(0, len(queries), size)]
 
 
+def _search(
+    top_k: int,
+    level: Level,
+    with_text: bool,
+    only_pages: Sequence[str] | None,
+    without_pages: Sequence[str],
+    allow_partial: bool,
+) -> dict[str, Any]:
+    """The fields of a request that are not the endpoint's defaults anyway."""
+    fields: dict[str, Any] = {"top_k": top_k, "level": level, "with_text": with_text}
+    if only_pages is not None:
+        fields["only_pages"] = list(only_pages)
+    if without_pages:
+        fields["without_pages"] = list(without_pages)
+    if allow_partial:
+        fields["allow_partial"] = True
+    return fields
+
+
 def _answers(body: Mapping[str, Any]) -> list[Answer]:
+    version = body["index"]["version"]
     return [
-        Answer(one["query"], one["truncated"], tuple(Hit(**hit) for hit in one["hits"]), body["index"]["version"])
+        Answer(one["query"], one["truncated"], one["complete"], tuple(Hit(**hit) for hit in one["hits"]), version)
         for one in body["data"]
     ]
 

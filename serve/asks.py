@@ -1,0 +1,87 @@
+"""What goes from the routes to the encoder and back, inside the cluster.
+
+Path: app → [here] → deployments, and back.  B queries, D the embedding's dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from serve.schema import Version
+from taskspec.retrieve.hits import Hit, Level
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """What a request asks of its queries."""
+
+    top_k: int
+    level: Level
+    with_text: bool
+    only_pages: tuple[str, ...] | None = None
+    without_pages: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Queries of one task for one batch."""
+
+    version: Version
+    task: str
+    texts: tuple[str, ...]
+    search: Search | None
+    """None asks for embeddings."""
+    deadline: float
+    """By the encoder's monotonic clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What the queries of one batch share."""
+
+    began: float
+    """By the replica's monotonic clock, in seconds."""
+    queries: int
+    embed_ms: float
+    search_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """Between the two stages."""
+
+    embeddings_BD: np.ndarray
+    truncated_B: np.ndarray
+    tokens_B: np.ndarray
+    batch: Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What was made of one `Ask`."""
+
+    embedded: Embedded
+    hits: list[list[Hit]] | None
+    """None if only embeddings were asked for."""
+    complete: bool
+    """Whether each query has as many hits as it asked for, or all there are."""
+    failed: frozenset[int]
+    """Shard deployments that did not answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoundAll:
+    """What was made of one request."""
+
+    hits: list[list[Hit]]
+    embeddings_BD: np.ndarray
+    truncated: list[bool]
+    tokens: int
+    complete: bool
+    failed: frozenset[int]
+    last: Batch
+    """The batch that the request waited for longest."""
+    wait_ms: float
+    """Until that batch began."""
