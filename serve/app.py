@@ -21,6 +21,7 @@ from typing import Any
 import click
 from cachetools import LRUCache
 from fastapi import FastAPI, HTTPException, Response
+from fastapi.responses import HTMLResponse
 from pydantic import ValidationError
 from ray import serve
 from ray.exceptions import RayActorError
@@ -35,6 +36,7 @@ from serve.deployments import Encoder, Shard
 from serve.errors import ERROR_RESPONSES, Late, TooLarge, Uncovered, answer_errors
 from serve.guard import GuardMiddleware, Settings, configure, seen
 from serve.metrics import Metrics
+from serve.playground import HEADERS, PAGE
 from serve.remote import ShardsLostError
 from serve.schema import (
     AliasesResponse,
@@ -344,6 +346,11 @@ class Api:
             missing = "in time" if found is None else f"from shards {sorted(found.failed)}"
             raise HTTPException(503, f"no answer {missing}; ask again, or see the Serve status")
         return Status(status="ready")
+
+    @app.get("/", include_in_schema=False)
+    async def playground(self) -> HTMLResponse:
+        """A page that asks all tasks at once."""
+        return HTMLResponse(PAGE, headers=HEADERS)
 
     @app.get("/metrics")
     async def metrics(self) -> Response:

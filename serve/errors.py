@@ -104,7 +104,8 @@ async def _rule_of_the_schema(request: Request, exception: Exception) -> JSONRes
 async def _refusal(request: Request, exception: Exception) -> JSONResponse:
     """No such route or method, nothing of that id, a body that is too long, or nobody behind the route."""
     error = cast(HTTPException, exception)
-    message = f"{request.method} {request.url.path}: {error.detail}"
+    path = request.url.path.removeprefix(request.scope.get("root_path", ""))
+    message = f"{request.method} {path}: {error.detail}"
     if error.status_code == 404:
         code = "no_route" if error.detail == "Not Found" else "not_found"
         return _answer(404, Error(message=message, type="not_found", param=None, code=code))

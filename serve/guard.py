@@ -9,7 +9,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,6 +82,7 @@ class GuardMiddleware:
             return
         began = time.monotonic()
         headers = Headers(scope=scope)
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # without the application's route_prefix
         # The client's, or one that Serve's proxy made; the proxy puts it on the answer too.
         request = Seen(headers.get("x-request-id") or uuid.uuid4().hex)
         note(request)
@@ -94,7 +95,7 @@ class GuardMiddleware:
             await send(message)
 
         try:
-            refused = self._refusal(scope, headers, request)
+            refused = self._refusal(path, headers, request)
             if refused is not None:
                 await _respond(answer, *refused, request.request_id)
             else:
@@ -106,7 +107,7 @@ class GuardMiddleware:
             line = {
                 "request_id": request.request_id,
                 "method": scope["method"],
-                "path": scope["path"],
+                "path": path,
                 "status": status,
                 "ms": round(1000 * seconds, 2),
                 "key": request.key.name if request.key else None,
@@ -114,10 +115,8 @@ class GuardMiddleware:
             logger.info("%s", json.dumps(line | request.facts, ensure_ascii=False))
 
     @staticmethod
-    def _refusal(
-        scope: MutableMapping[str, Any], headers: Headers, request: Seen
-    ) -> tuple[int, Error, Mapping[str, str]] | None:
-        if _settings.keys and scope["path"] not in OPEN_PATHS:
+    def _refusal(path: str, headers: Headers, request: Seen) -> tuple[int, Error, Mapping[str, str]] | None:
+        if _settings.keys and path not in OPEN_PATHS:
             secret = presented(headers.get("authorization"), headers.get("x-api-key"))
             key = find_key(_settings.keys, secret) if secret else None
             if key is None:

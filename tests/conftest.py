@@ -1,6 +1,7 @@
 """One local Ray cluster and one S3 server for the whole test run, and a world small enough for seconds."""
 
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,6 +69,19 @@ def ray_cluster(_own_cache: Path, s3_bucket: str) -> Iterator[None]:
     connect(Cluster(local_cpus=4))
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def serve_port(ray_cluster: None) -> Iterator[int]:
+    """The port of Ray Serve on this machine; each test module runs an application of its own there."""
+    import ray.serve
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ray.serve.start(http_options={"host": "127.0.0.1", "port": port})
+    yield port
+    ray.serve.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
-"""A checkpoint and an index of six pages for tests of serving, made in a second, and Serve on a free port."""
+"""A checkpoint and an index of six pages for tests of serving, made in a second."""
 
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,14 +95,10 @@ def best_page(checkpoint: str) -> str:
 
 
 @contextmanager
-def serving(args: ServeArgs) -> Iterator[str]:
-    """The server, on a free port of this machine, in the Ray that runs. Gives: its URL."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ray.serve.start(http_options={"host": "127.0.0.1", "port": port})
+def serving(args: ServeArgs, port: int, name: str) -> Iterator[str]:
+    """One more application of the Serve that runs.    Gives: its URL."""
+    ray.serve.run(build(args.model_dump()), name=name, route_prefix=f"/{name}")
     try:
-        ray.serve.run(build(args.model_dump()), name="taskspec", route_prefix="/")
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}/{name}"
     finally:
-        ray.serve.shutdown()
+        ray.serve.delete(name)

@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def url(folder: Path, ray_cluster: None) -> Iterator[str]:
+def url(folder: Path, serve_port: int) -> Iterator[str]:
     def key(name: str, headers: dict[str, str], *scopes: str) -> dict[str, Any]:
         return {"name": name, "sha256": hashlib.sha256(headers["x-api-key"].encode()).hexdigest(), "scopes": scopes}
 
@@ -54,7 +54,7 @@ def url(folder: Path, ray_cluster: None) -> Iterator[str]:
         shard_cpus=0.25,
         cached_queries=0,
     )
-    with serving(args) as url:
+    with serving(args, serve_port, "aliased") as url:
         yield url
 
 

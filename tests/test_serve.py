@@ -51,8 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def url(folder: Path, ray_cluster: None) -> Iterator[str]:
-    """The server, on a free port of this machine."""
+def url(folder: Path, serve_port: int) -> Iterator[str]:
     args = ServeArgs(
         checkpoint=str(folder / "checkpoint"),
         index=str(folder / "index"),
@@ -61,7 +60,7 @@ def url(folder: Path, ray_cluster: None) -> Iterator[str]:
         shard_threads=1,
         shard_cpus=0.25,
     )
-    with serving(args) as url:
+    with serving(args, serve_port, "plain") as url:
         yield url
 
 
