@@ -44,6 +44,8 @@ TOP_K_STEPS = (10, 100, 1000)
 """Searches for as many results are shared by queries that ask for fewer."""
 SEARCH_THREADS = 16
 """Batches that may wait for shards at the same time."""
+ENCODER_CPUS = 0.5
+"""Logical CPUs that an encoder reserves unless a configuration says otherwise: little, so that any laptop can serve."""
 NO_ACCESS_LOG = {"enable_access_log": False}
 """`guard` writes a line per request."""
 
@@ -116,7 +118,12 @@ def open_model(version: Version) -> OpenModel:
     return OpenModel(open_encoder(version.checkpoint), Catalog.open(artifact.folder, manifest, version.id))
 
 
-@serve.deployment(max_ongoing_requests=256, graceful_shutdown_timeout_s=30, logging_config=NO_ACCESS_LOG)
+@serve.deployment(
+    ray_actor_options={"num_cpus": ENCODER_CPUS},
+    max_ongoing_requests=256,
+    graceful_shutdown_timeout_s=30,
+    logging_config=NO_ACCESS_LOG,
+)
 class Encoder:
     """Embeds queries, asks the shards, and makes hits of what they find."""
 

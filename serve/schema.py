@@ -66,8 +66,8 @@ class ServeArgs(Section):
     """Share of the shards without which even a request with allow_partial is refused."""
     shard_deployments: int | None = Field(None, ge=1)
     """None is one for each shard of the index."""
-    shard_cpus: float = Field(0.5, gt=0)
-    """Logical CPUs that a shard's replica reserves."""
+    shard_cpus: float = Field(0.1, gt=0)
+    """Logical CPUs that a shard's replica reserves: little by default, so that any laptop can serve."""
     threads: int | None = Field(None, ge=1)
     """Threads of one encoder replica; None is every core of its node."""
     shard_threads: int | None = Field(None, ge=1)

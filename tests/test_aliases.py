@@ -51,7 +51,6 @@ def url(folder: Path, serve_port: int) -> Iterator[str]:
         shard_deployments=2,
         threads=1,
         shard_threads=1,
-        shard_cpus=0.25,
         cached_queries=0,
     )
     with serving(args, serve_port, "aliased") as url:

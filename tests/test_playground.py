@@ -33,7 +33,6 @@ def url(tmp_path_factory: pytest.TempPathFactory, serve_port: int) -> Iterator[s
         keys=(Key(name="team", sha256=hashlib.sha256(KEY.encode()).hexdigest()),),
         threads=1,
         shard_threads=1,
-        shard_cpus=0.25,
     )
     with serving(args, serve_port, "playground") as url:
         yield f"{url}/"

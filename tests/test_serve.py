@@ -58,7 +58,6 @@ def url(folder: Path, serve_port: int) -> Iterator[str]:
         batch_tokens=100,
         threads=1,
         shard_threads=1,
-        shard_cpus=0.25,
     )
     with serving(args, serve_port, "plain") as url:
         yield url

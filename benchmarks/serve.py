@@ -1,0 +1,361 @@
+"""What embedding, exact search and serving cost, each beside its plain baseline in the same run.
+
+    python benchmarks/serve.py prepare     # six real tasks, MiniLM as it comes, two shards: see minikilt.yaml
+    python benchmarks/serve.py embed       # jobs.index past its start-up, beside sentence-transformers
+    python benchmarks/serve.py search      # a batch over two shards, beside one FAISS call
+    python benchmarks/serve.py endpoint    # served queries a second, beside one process and an afternoon's server
+
+`embed` and `endpoint` need `pip install sentence-transformers`. Server and client share the machine; what the client
+takes of it is printed too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import faiss
+import numpy as np
+import yaml
+
+from jobs.quickstart import serving
+from taskspec import cluster, store
+from taskspec.config import Config, load_config
+from taskspec.data.prepared import PreparedData
+from taskspec.index import build
+from taskspec.index.manifest import KIND, IndexManifest
+from taskspec.index.shard import Shard, load_shard, merge_top_k
+from taskspec.model.contract import Contract
+from taskspec.retrieve.retriever import Retriever
+
+CONFIG = Path(__file__).with_name("minikilt.yaml")
+QUERIES_A_REQUEST = 16
+LEVEL, TOP_K = "passage", 10
+AFTERNOON_PORT = 8123
+
+
+def places(config: Config) -> dict[str, str]:
+    root = config.artifacts
+    return {
+        "prepared": store.join(root, "prepared"),
+        "run": store.join(root, "runs", "untrained"),
+        "checkpoint": store.join(root, "runs", "untrained", "step-00000000"),
+        "index": store.join(root, "served-index"),
+    }
+
+
+def prepare(config: Config, path: str, overrides: Sequence[str]) -> None:
+    """The artifacts that the others use; run again it makes what is missing."""
+    at = places(config)
+    common = ["--config", path, *(word for one in overrides for word in ("--set", one))]
+    untrained = ["train.steps=0", "specialization.method=mean", "contrastive.negatives=0"]
+    for job, words in (
+        ("prepare", []),
+        ("train", ["--out", at["run"], *(word for one in untrained for word in ("--set", one))]),
+        ("index", ["--checkpoint", at["checkpoint"], "--out", at["index"], "--set", "index.shards=2"]),
+    ):
+        subprocess.run([sys.executable, "-m", f"jobs.{job}", *common, *words], check=True)
+
+
+def ratio(name: str, ours: Sequence[float], plain: Sequence[float]) -> None:
+    """Prints how many times as fast ours is, of runs in turn."""
+    ratios = sorted(b / a for a, b in zip(ours, plain, strict=True))
+    low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
+    print(f"{name}: {statistics.median(ratios):.2f} ({low:.2f} to {high:.2f}) times the plain one, {len(ratios)} pairs")
+
+
+def embed(config: Config, pairs: int, passages: int) -> None:
+    """Seconds for the same passages by one process with every core."""
+    from sentence_transformers import SentenceTransformer
+
+    at = places(config)
+    opened = store.open_artifact(at["checkpoint"], "checkpoint")
+    contract = Contract.model_validate(opened.manifest.facts["contract"])
+    prepared = PreparedData.open(at["prepared"])
+    source = build.Source(config, opened, contract, prepared)
+    cluster.connect(config.cluster)
+    texts = prepared.passages.take(range(passages), ["title", "text"])
+    written = [f"{title} {text}" for title, text in zip(texts["title"], texts["text"], strict=True)]
+    plain_model = SentenceTransformer(config.model.source, device="cpu")
+    plain_model.max_seq_length = config.model.max_passage_tokens
+    ours, plain = [], []
+    for _ in range(pairs):
+        ours.append(job_seconds(source, passages))
+        started = time.perf_counter()
+        theirs_ND = plain_model.encode(written, batch_size=32, normalize_embeddings=True)
+        plain.append(time.perf_counter() - started)
+    own_ND = np.concatenate(list(build._embedded(source, [build.PlannedShard("", 0, 64)])))
+    error = float(np.abs(own_ND - theirs_ND[:64]).max())
+    print(f"the same embeddings to {error:.1e}; jobs.index {passages / min(ours):.0f}/s, {config.index.precision}")
+    ratio("embedding", ours, plain)
+
+
+def job_seconds(source: build.Source, passages: int) -> float:
+    """Of the job's stream, from its first block on, for as many passages."""
+    blocks = build._embedded(source, [build.PlannedShard("", 0, passages)])
+    first = len(next(blocks))
+    started = time.perf_counter()
+    rest = sum(map(len, blocks))
+    return (time.perf_counter() - started) * (first + rest) / rest
+
+
+def search(config: Config, pairs: int, batch: int) -> None:
+    """Seconds for the best 10 of a batch, exact, by as many threads as FAISS takes."""
+    at = places(config)
+    artifact = store.open_artifact(at["index"], KIND)
+    manifest = IndexManifest.of(at["index"], artifact.manifest)
+    shards: list[Shard] = [
+        load_shard(artifact.folder / s.file, manifest.kind, s.row_start, s.max_norm) for s in manifest.shards
+    ]
+    one = faiss.IndexFlatIP(manifest.dimension)
+    for shard in shards:
+        one.add(shard.index.reconstruct_n(0, shard.rows))
+    retriever = Retriever.open(at["checkpoint"], at["index"])
+    queries_BD, _ = retriever.embed("nq", [text for _, text in questions(config)][:batch])
+    ours, plain = [], []
+    for _ in range(pairs):
+        started = time.perf_counter()
+        own = merge_top_k([shard.search(queries_BD, TOP_K) for shard in shards], TOP_K)
+        ours.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        _, rows_BK = one.search(queries_BD, TOP_K)
+        plain.append(time.perf_counter() - started)
+    agree = float((own.rows_BK == rows_BK).mean())
+    print(f"{len(queries_BD)} queries, {one.ntotal:,} passages, {len(shards)} shards; {100 * agree:.1f}% of rows alike")
+    ratio("exact search", ours, plain)
+
+
+def questions(config: Config) -> list[tuple[str, str]]:
+    """(task, text) of all dev queries, tasks in turn, none twice."""
+    prepared = PreparedData.open(places(config)["prepared"])
+    texts = {task: prepared.queries(task, "dev") for task in prepared.tasks("dev")}
+    lists = {task: rows.take(range(len(rows)), ["text"])["text"] for task, rows in texts.items()}
+    longest = max(map(len, lists.values()))
+    turns = [(task, own[n]) for n in range(longest) for task, own in lists.items() if n < len(own)]
+    return list(dict.fromkeys(turns))
+
+
+@dataclass
+class Load:
+    """What a load met."""
+
+    seconds: float
+    latencies: list[float]
+    """Of answers with status 200, from the time that the request was to be sent."""
+    failed: int
+    queries: int
+    client_cpu_s: float
+
+    def line(self, name: str) -> str:
+        ordered = sorted(self.latencies) or [float("nan")]
+        p50, p95, p99 = (1000 * ordered[min(len(ordered) - 1, int(len(ordered) * p))] for p in (0.5, 0.95, 0.99))
+        return (
+            f"{name:34} {self.rate:7.1f} queries/s  p50 {p50:6.0f}  p95 {p95:6.0f}  p99 {p99:6.0f} ms  "
+            f"{self.failed} failed, client {100 * self.client_cpu_s / self.seconds:.0f}% of a core"
+        )
+
+    @property
+    def rate(self) -> float:
+        return self.queries / self.seconds
+
+    @property
+    def p99(self) -> float:
+        ordered = sorted(self.latencies)
+        return ordered[int(len(ordered) * 0.99)] if ordered else float("inf")
+
+
+Send = Callable[[], Awaitable[int]]
+"""One request. Returns: the queries that were answered, 0 if it failed."""
+
+
+async def closed_loop(send: Send, clients: int, seconds: float) -> Load:
+    """Each client sends its next request when it has the answer to the last."""
+    latencies: list[float] = []
+    failed = answered = 0
+    cpu, began = _cpu(), time.monotonic()
+
+    async def client() -> None:
+        nonlocal failed, answered
+        while time.monotonic() < began + seconds:
+            started = time.monotonic()
+            queries = await send()
+            answered += queries
+            failed += not queries
+            if queries:
+                latencies.append(time.monotonic() - started)
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return Load(time.monotonic() - began, latencies, failed, answered, _cpu() - cpu)
+
+
+async def open_loop(send: Send, requests_per_s: float, seconds: float) -> Load:
+    """Requests at a constant rate, whatever becomes of the ones before."""
+    latencies: list[float] = []
+    failed = answered = 0
+    cpu, began = _cpu(), time.monotonic()
+
+    async def one(at: float) -> None:
+        nonlocal failed, answered
+        await asyncio.sleep(max(0.0, at - time.monotonic()))
+        queries = await send()
+        answered += queries
+        failed += not queries
+        if queries:
+            latencies.append(time.monotonic() - at)
+
+    await asyncio.gather(*(one(began + n / requests_per_s) for n in range(int(requests_per_s * seconds))))
+    return Load(time.monotonic() - began, latencies, failed, answered, _cpu() - cpu)
+
+
+def _cpu() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def floor(retriever: Retriever, asked: Sequence[tuple[str, str]], batch: int, seconds: float) -> float:
+    """Queries a second of encoder and search in this process, a batch of one task at a time."""
+    by_task: dict[str, list[str]] = {}
+    for task, text in asked:
+        by_task.setdefault(task, []).append(text)
+    batches = [
+        (task, texts[start : start + batch])
+        for task, texts in by_task.items()
+        for start in range(0, len(texts) - batch + 1, batch)
+    ]
+    done, began = 0, time.monotonic()
+    for task, texts in batches * 1000:
+        retriever.search(texts, task, TOP_K, LEVEL)
+        done += len(texts)
+        if time.monotonic() - began > seconds:
+            break
+    return done / (time.monotonic() - began)
+
+
+async def endpoint(config: Config, seconds: float, knee_only: bool) -> None:
+    at = places(config)
+    asked = questions(config)
+    retriever = Retriever.open(at["checkpoint"], at["index"])
+    settings = Path(config.artifacts) / "benchmark-serve.yaml"
+    args = {"checkpoint": at["checkpoint"], "index": at["index"], "cached_queries": 0}
+    content = {
+        "http_options": {"host": "127.0.0.1", "port": 8000},
+        "applications": [{"import_path": "serve.app:build", "args": args}],
+    }
+    settings.write_text(yaml.safe_dump(content), encoding="utf-8")
+    numbers = count()
+
+    def several(session: aiohttp.ClientSession, url: str, size: int) -> Send:
+        """Requests of `size` queries of one task."""
+        by_task: dict[str, list[str]] = {}
+        for task, text in asked:
+            by_task.setdefault(task, []).append(text)
+        tasks = list(by_task)
+
+        async def send() -> int:
+            number = next(numbers)
+            task = tasks[number % len(tasks)]
+            texts = [by_task[task][(number * size + n) % len(by_task[task])] for n in range(size)]
+            body: dict[str, Any] = {"query": texts if size > 1 else texts[0], "task": task, "top_k": TOP_K}
+            if "8123" not in url:
+                body["level"] = LEVEL
+            try:
+                async with session.post(f"{url}/retrieve", json=body) as response:
+                    await response.read()
+                    return size if response.status == 200 else 0
+            except aiohttp.ClientError:
+                return 0
+
+        return send
+
+    physical = {batch: floor(retriever, asked, batch, seconds) for batch in (1, 16, 64)}
+    print("one process, encoder and search:", {batch: f"{rate:.1f} queries/s" for batch, rate in physical.items()})
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(120)) as session:
+        with serving(settings) as url:
+            send = several(session, url, QUERIES_A_REQUEST)
+            await closed_loop(send, 2, 5)  # warm
+            best = 0.0
+            for clients in (1, 2, 4, 8):
+                load = await closed_loop(send, clients, seconds)
+                print(load.line(f"{QUERIES_A_REQUEST} a request, {clients} clients"), flush=True)
+                best = max(best, load.rate)
+            for share in () if knee_only else (0.5, 0.7, 0.85, 1.0, 1.15):
+                rate = share * best / QUERIES_A_REQUEST
+                load = await open_loop(send, rate, seconds)
+                print(load.line(f"open loop, {share:.0%} of that"), flush=True)
+            ours = await closed_loop(several(session, url, 1), 32, seconds)
+            print(ours.line("single queries, 32 clients"), flush=True)
+        print(f"served at the knee over one process: {best / physical[16]:.2f}")
+        with afternoon(config) as url:
+            await closed_loop(several(session, url, 1), 4, 5)
+            plain = await closed_loop(several(session, url, 1), 32, seconds)
+            print(plain.line("the afternoon's, 32 clients"), flush=True)
+    print(
+        f"single queries over the afternoon's: {ours.rate / plain.rate:.2f}, p99 {ours.p99 / plain.p99:.2f} times its"
+    )
+
+
+@contextmanager
+def afternoon(config: Config) -> Iterator[str]:
+    """The afternoon's server, until the block ends.    Gives: its URL."""
+    environment = os.environ | {"MODEL": str(config.model.source), "INDEX": places(config)["index"]}
+    command = [sys.executable, "-m", "uvicorn", "benchmarks.afternoon:app", "--port", str(AFTERNOON_PORT)]
+    server = subprocess.Popen([*command, "--log-level", "warning"], env=environment)
+    url = f"http://127.0.0.1:{AFTERNOON_PORT}"
+    try:
+        deadline = time.monotonic() + 120
+        import httpx
+
+        while True:
+            try:
+                httpx.get(f"{url}/docs", timeout=5)
+                break
+            except httpx.TransportError:
+                if time.monotonic() > deadline or server.poll() is not None:
+                    raise
+                time.sleep(0.5)
+        yield url
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["prepare", "embed", "search", "endpoint"])
+    parser.add_argument("--config", default=str(CONFIG))
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=value")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--passages", type=int, default=4096, help="for embed")
+    parser.add_argument("--batch", type=int, default=64, help="for search")
+    parser.add_argument("--seconds", type=float, default=20, help="of each load")
+    parser.add_argument("--knee", action="store_true", help="no open loop")
+    arguments = parser.parse_args()
+    tree = load_config(arguments.config, arguments.overrides).model_dump(mode="json")
+    tree["artifacts"] = store.absolute(tree["artifacts"])
+    config = Config.model_validate(tree)
+    if arguments.what == "prepare":
+        prepare(config, arguments.config, arguments.overrides)
+    elif arguments.what == "embed":
+        embed(config, arguments.pairs, arguments.passages)
+    elif arguments.what == "search":
+        search(config, arguments.pairs, arguments.batch)
+    else:
+        asyncio.run(endpoint(config, arguments.seconds, arguments.knee))
+
+
+if __name__ == "__main__":
+    main()
