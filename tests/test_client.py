@@ -155,6 +155,14 @@ def test_what_is_refused_for_the_moment_is_sent_again(server, ask, status):
     assert len(server.requests) == 3
 
 
+def test_a_500_is_sent_again_only_where_a_proxy_says_it(server, ask):
+    server.before = [(500, {}, b"Internal Server Error")]
+    assert len(ask(server.url, lambda client: client.retrieve("who", "nq"))) == 1
+    server.before = [refusal(500, message="the server failed", type="internal", param=None, code="internal")]
+    with pytest.raises(EndpointError, match="500: the server failed"):
+        ask(server.url, lambda client: client.retrieve("who", "nq"))
+
+
 def test_a_broken_connection_is_tried_again(server, ask):
     server.hang_up = 2
     assert len(ask(server.url, lambda client: client.retrieve("who", "nq"))) == 1

@@ -5,7 +5,8 @@
 
 Path: HTTP → [here] → hits.  What is asked here only reads, so a request that was lost or refused for the moment (429,
 502, 503, a broken connection) is sent again, after the time that the server asks for (Retry-After) or, if it asks for
-none, after a random time that doubles. A deadline bounds all of it. What a request got wrong is never sent again.
+none, after a random time that doubles. A deadline bounds all of it. What a request got wrong is never sent again, nor
+what the endpoint itself answers with 500; a 500 that is not in its shape is Serve's proxy, which has lost a process.
 """
 
 from __future__ import annotations
@@ -240,7 +241,8 @@ class _Attempts:
         if 200 <= status < 300:
             return True
         self._last = _error(self._what, status, body)
-        if status not in SENT_AGAIN:
+        lost = status == 500 and self._last.code is None  # not the endpoint's own: a proxy lost the process behind it
+        if status not in SENT_AGAIN and not lost:
             raise self._last
         self._asked_s = _retry_after(headers.get("retry-after", ""))
         return False
