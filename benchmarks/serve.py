@@ -280,6 +280,8 @@ async def endpoint(config: Config, seconds: float, knee_only: bool) -> None:
 
         return send
 
+    # Ray runs its workers at nice 15, which would starve them beside the client on the same machine.
+    os.environ |= {"RAY_worker_niceness": "0"}
     physical = {batch: floor(retriever, asked, batch, seconds) for batch in (1, 16, 64)}
     print("one process, encoder and search:", {batch: f"{rate:.1f} queries/s" for batch, rate in physical.items()})
     connector = aiohttp.TCPConnector(limit=0)

@@ -123,6 +123,12 @@ def test_only_chosen_pages_are_found_and_all_of_them(retriever: Retriever, level
     assert pages(9, only_pages=[]) == pages(9, only_pages=["unknown"]) == []
 
 
+def test_no_shards_find_nothing() -> None:
+    queries_BD = np.ones((3, 2), dtype=np.float32)
+    assert LocalShards([]).search(queries_BD, 5, None).rows_BK.shape == (3, 0)
+    assert LocalShards([]).rank(queries_BD, np.array([4])).rows_BK.shape == (3, 0)
+
+
 def test_page_ids_read_from_disk_are_those_of_the_passages(retriever: Retriever, tmp_path: Path) -> None:
     PageIds.of(RowStore(tmp_path / "passages.arrow")).save(tmp_path)
     ids = PageIds.open(tmp_path)

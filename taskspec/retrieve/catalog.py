@@ -37,7 +37,7 @@ class LocalShards:
     """Shards in this process."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
-        """Args: shards: disjoint, and together all rows of an index."""
+        """Args: shards: disjoint; none is allowed."""
         self._shards = shards
 
     @classmethod
@@ -49,10 +49,17 @@ class LocalShards:
         return len(self._shards)
 
     def search(self, queries_BD: np.ndarray, top_k: int, effort: int | None) -> Results:
-        return merge_top_k([shard.search(queries_BD, top_k, effort) for shard in self._shards], top_k)
+        parts = [shard.search(queries_BD, top_k, effort) for shard in self._shards]
+        return merge_top_k([*parts, _nothing(queries_BD)], top_k)
 
     def rank(self, queries_BD: np.ndarray, rows: np.ndarray) -> Results:
-        return merge_top_k([shard.rank(queries_BD, rows) for shard in self._shards], len(rows))
+        parts = [shard.rank(queries_BD, rows) for shard in self._shards]
+        return merge_top_k([*parts, _nothing(queries_BD)], len(rows))
+
+
+def _nothing(queries_BD: np.ndarray) -> Results:
+    """What no shard at all finds: a deployment may have none of a version."""
+    return Results(np.empty((len(queries_BD), 0), dtype=np.float32), np.empty((len(queries_BD), 0), dtype=np.int64))
 
 
 class PageChoice(NamedTuple):
