@@ -67,7 +67,7 @@ from taskspec import __version__
 from taskspec.errors import ConfigError, RequestError, TaskspecError
 from taskspec.model.contract import ContractTask
 from taskspec.retrieve.hits import Hit
-from taskspec.retrieve.retriever import check_request
+from taskspec.retrieve.retriever import check_request, require_lexical
 
 API_CPUS = 0.25
 """Logical share of a CPU that an HTTP replica reserves: it waits more than it works."""
@@ -179,13 +179,15 @@ class Api:
         self._check(request.task, texts, request.timeout_ms, request.top_k)
         table = self._served()
         served = table.serving(request.task, texts[0])
+        if request.fused:
+            require_lexical(served.index.lexical)
         chosen = len(request.only_pages or ()) + len(request.without_pages)
         if chosen > self._args.limits.chosen_pages:
             limit = self._args.limits.chosen_pages
             raise TooLarge(f"only_pages and without_pages name {chosen} pages but may name {limit}", param="only_pages")
         only = None if request.only_pages is None else tuple(sorted(set(request.only_pages)))
         without = tuple(sorted(set(request.without_pages)))
-        search = Search(request.top_k, request.level, request.with_text, only, without)
+        search = Search(request.top_k, request.level, request.with_text, only, without, request.fused)
         keys = [(served.version.id, request.task, search, text) for text in texts]
         answers = {number: self._known[key] for number, key in enumerate(keys) if key in self._known}
         asked = [number for number in range(len(texts)) if number not in answers]
@@ -283,6 +285,7 @@ class Api:
             dimension=index.dimension,
             shards=len(index.shards),
             kind=index.kind,
+            fused=index.lexical,
             recall={task: one.value for task, one in index.recall.tasks.items()},
             limits=self._args.limits,
             min_coverage=self._args.min_coverage,

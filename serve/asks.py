@@ -22,6 +22,7 @@ class Search:
     with_text: bool
     only_pages: tuple[str, ...] | None = None
     without_pages: tuple[str, ...] = ()
+    fused: bool = False
 
 
 @dataclass(frozen=True, slots=True)

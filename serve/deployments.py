@@ -29,7 +29,7 @@ from serve.batching import Batcher, LateError
 from serve.remote import RemoteShards
 from serve.schema import ServeArgs, Version
 from taskspec import store
-from taskspec.index.manifest import KIND, PASSAGES_FILE, IndexManifest
+from taskspec.index.manifest import KIND, LEXICAL_FOLDER, PASSAGES_FILE, IndexManifest
 from taskspec.index.page_ids import PAGE_ID_FILES
 from taskspec.index.shard import Results, load_shard
 from taskspec.model.encoder import TextEncoder
@@ -113,7 +113,10 @@ class OpenModel:
 
 
 def open_model(version: Version) -> OpenModel:
-    artifact = store.open_artifact(version.index, KIND, verify=True, files=(PASSAGES_FILE, *PAGE_ID_FILES))
+    held = store.read_manifest(version.index, KIND)
+    lexical = [name for name in held.files if name.startswith(f"{LEXICAL_FOLDER}/")]
+    files = (PASSAGES_FILE, *PAGE_ID_FILES, *lexical)
+    artifact = store.open_artifact(version.index, KIND, verify=True, files=files)
     manifest = IndexManifest.of(version.index, artifact.manifest)
     return OpenModel(open_encoder(version.checkpoint), Catalog.open(artifact.folder, manifest, version.id))
 
@@ -211,7 +214,8 @@ class Encoder:
         search = ask.search
         steps = sum(search.top_k > step for step in TOP_K_STEPS)
         effort = self._models.get(ask.version).catalog.effort(ask.task)
-        return ask.version, effort, search.level, search.with_text, search.only_pages, search.without_pages, steps
+        what = search.level, search.with_text, search.only_pages, search.without_pages, search.fused
+        return ask.version, effort, what, steps
 
     def _search_group(
         self, asks: Sequence[Ask], embedded: Sequence[Embedded], loop: asyncio.AbstractEventLoop
@@ -232,6 +236,7 @@ class Encoder:
             search.with_text,
             catalog.effort(first.task),
             pages,
+            [text for ask in asks for text in ask.texts] if search.fused else None,
         )
         search_ms = (time.monotonic() - began) * 1000
         found, start = [], 0

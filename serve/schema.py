@@ -99,6 +99,9 @@ class RetrieveRequest(Model):
     """wikipedia ids of the pages that may be found; unknown ones match nothing."""
     without_pages: list[str] = []
     """wikipedia ids of pages that may not be found."""
+    fused: bool = False
+    """Whether to fuse the ranking with BM25's (reciprocal rank fusion); scores are then the fusion's. `GET /info` says
+    whether the index can."""
     timeout_ms: int | None = Field(None, ge=1)
     """How long the answer is waited for: work that cannot be done by then is not begun, and the answer is 504."""
     allow_partial: bool = False
@@ -321,6 +324,8 @@ class InfoResponse(Model):
     shards: int
     kind: str
     """Of index."""
+    fused: bool
+    """Whether searches can be fused with BM25."""
     recall: dict[str, float]
     """Task → share of the exact best passages that its searches find, as measured when the index was built."""
     limits: Limits

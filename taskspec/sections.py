@@ -229,6 +229,8 @@ class Index(Section):
     """Passages that an actor embeds per call; it sorts them by length into smaller batches."""
     precision: Precision = "fp32"
     """Of the passages' embedding, as `train.precision`."""
+    lexical: bool = False
+    """Also a BM25 index of the passages, so that searches can fuse both rankings."""
 
 
 class Evaluate(Section):

@@ -15,7 +15,8 @@ from taskspec import store
 from taskspec.config import Config, parse_config
 from taskspec.data.rows import RowStore
 from taskspec.index.golden import GOLDEN_FILE, GoldenQuery
-from taskspec.index.manifest import KIND, PASSAGES_FILE, IndexManifest, ShardFile
+from taskspec.index.lexical import Lexical
+from taskspec.index.manifest import KIND, LEXICAL_FOLDER, PASSAGES_FILE, IndexManifest, ShardFile
 from taskspec.index.page_ids import PageIds
 from taskspec.index.recall import MeasuredRecall
 from taskspec.index.shard import make_shard
@@ -68,6 +69,7 @@ def publish_index(uri: str, contract: Contract, checkpoint: str, *, golden_page:
         )
         RowStore.write(folder / PASSAGES_FILE, [table])
         PageIds.of(RowStore(folder / PASSAGES_FILE)).save(folder)
+        Lexical.build(RowStore(folder / PASSAGES_FILE)).save(folder / LEXICAL_FOLDER)
         golden = GoldenQuery(task="nq", query=GOLDEN, gold_pages=((golden_page,),))
         (folder / GOLDEN_FILE).write_text(golden.model_dump_json() + "\n", encoding="utf-8")
         manifest = IndexManifest(
@@ -82,6 +84,7 @@ def publish_index(uri: str, contract: Contract, checkpoint: str, *, golden_page:
             shards=tuple(files),
             recall=MeasuredRecall(at=10, wanted=0.95, tasks={}),
             recall_queries=200,
+            lexical=True,
         )
         facts.update(manifest.model_dump(mode="json"))
 

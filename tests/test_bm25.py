@@ -154,13 +154,13 @@ def test_the_task_makes_no_difference(bm25: BM25) -> None:
 def test_more_queries_than_one_chunk_are_answered_in_order(bm25: BM25, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["red door", "tulips", "zebra", "iron gate", "window"]
     whole = bm25.search(texts, "nq")
-    monkeypatch.setattr("taskspec.negatives.bm25.CHUNK", 2)
+    monkeypatch.setattr("taskspec.index.lexical.CHUNK", 2)
     assert bm25.search(texts, "nq") == whole
 
 
 def test_an_index_built_in_chunks_is_the_same(prepared: PreparedData, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = BM25.build(prepared).search(["red door"], "nq")
-    monkeypatch.setattr("taskspec.negatives.bm25.CHUNK", 3)
+    monkeypatch.setattr("taskspec.index.lexical.CHUNK", 3)
     assert BM25.build(prepared).search(["red door"], "nq") == whole
 
 

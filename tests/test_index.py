@@ -247,7 +247,7 @@ def test_bf16_embeds_nearly_as_fp32_does(folder: Path) -> None:
 def approximate(folder: Path, config: Config, built: dict[str, Any]) -> tuple[Config, str]:
     """Three shards of PQ codes, which must try hard, built from the embeddings of the exact index, and not published
     as more recall is asked for than they have."""
-    changes = {"index.kind": "pq", "index.recall": 1.0, "index.recall_queries": 25}
+    changes = {"index.kind": "pq", "index.recall": 1.0, "index.recall_queries": 25, "index.lexical": True}
     config = with_values(config, changes)
     source, out = source_of(folder, config), str(folder / "approximate")
     whole_ND = stored(built["uri"])
@@ -291,6 +291,7 @@ def test_the_recall_in_the_manifest_is_what_an_outsider_measures(
     found = retriever.search(texts, "nq", top_k=10, level="passage")
     shares = [len({hit.id for hit in hits} & set(wanted)) / 10 for hits, wanted in zip(found, ids, strict=True)]
     assert recall.low <= np.mean(shares) <= recall.high
+    assert len(retriever.search(texts[:1], "nq", top_k=10, fused=True)[0]) == 10
 
 
 def test_embeddings_that_are_not_finite_are_refused() -> None:

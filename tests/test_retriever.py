@@ -6,17 +6,23 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from taskspec import store
 from taskspec.data.rows import RowStore
 from taskspec.errors import ArtifactError, ContractError, RequestError
+from taskspec.index.lexical import Lexical
 from taskspec.index.manifest import IndexManifest, ShardFile
 from taskspec.index.page_ids import PageIds
 from taskspec.index.recall import MeasuredRecall
 from taskspec.index.shard import make_shard
 from taskspec.model.contract import Contract, ContractTask
+from taskspec.negatives.bm25 import BM25
 from taskspec.retrieve.catalog import Catalog, LocalShards
+from taskspec.retrieve.fusion import fuse
 from taskspec.retrieve.hits import Hit, Level
+from taskspec.retrieve.pages import Ranking
 from taskspec.retrieve.retriever import Retriever
 from taskspec.sections import Prompts
 
@@ -58,8 +64,7 @@ def embed(texts: Sequence[str]) -> np.ndarray:
     return np.array([[text.split().count(word) for word in WORDS] for text in texts], dtype=np.float32)
 
 
-@pytest.fixture(params=[1, 2, 5], ids=lambda count: f"{count} shards")
-def retriever(request: pytest.FixtureRequest, tmp_path: Path) -> Retriever:
+def passage_store(folder: Path) -> RowStore:
     columns = [list(column) for column in zip(*PASSAGES, strict=True)]
     wikipedia_ids = [name.partition(":")[0] for name in columns[0]]
     table = pa.table(
@@ -71,11 +76,16 @@ def retriever(request: pytest.FixtureRequest, tmp_path: Path) -> Retriever:
             "text": columns[3],
         }
     )
-    RowStore.write(tmp_path / "passages.arrow", [table])
+    RowStore.write(folder / "passages.arrow", [table])
+    return RowStore(folder / "passages.arrow")
+
+
+@pytest.fixture(params=[1, 2, 5], ids=lambda count: f"{count} shards")
+def retriever(request: pytest.FixtureRequest, tmp_path: Path) -> Retriever:
     shards = []
     for rows in np.array_split(np.arange(len(PASSAGES)), request.param):
         shards.append(make_shard("flat", embed([PASSAGES[row][3] for row in rows]), int(rows[0])))
-    return Retriever(WordEncoder(), LocalShards(shards), Catalog(RowStore(tmp_path / "passages.arrow"), "abc"))
+    return Retriever(WordEncoder(), LocalShards(shards), Catalog(passage_store(tmp_path), "abc"))
 
 
 def test_passages_come_best_first_and_ties_by_row(retriever: Retriever) -> None:
@@ -129,6 +139,55 @@ def test_no_shards_find_nothing() -> None:
     assert LocalShards([]).rank(queries_BD, np.array([4])).rows_BK.shape == (3, 0)
 
 
+def test_a_fused_ranking_is_that_of_both(tmp_path: Path) -> None:
+    """`dust` and `ice` stand where their ranks among the dense and the lexical results put them together."""
+    passages = passage_store(tmp_path)
+    shards = LocalShards([make_shard("flat", embed([text for *_, text in PASSAGES]), 0)])
+    Lexical.build(passages).save(tmp_path / "lexical")
+    lexical = Lexical.open(tmp_path / "lexical")
+    retriever = Retriever(WordEncoder(), shards, Catalog(passages, "abc", lexical=lexical))
+    bm25 = BM25(passages, lexical)
+    for level in ("page", "passage"):
+        (dense,) = retriever.search(["ice moon"], "nq", top_k=9, level=level)
+        (words,) = bm25.search(["ice moon"], "nq", top_k=9, level=level)
+        (both,) = retriever.search(["ice moon"], "nq", top_k=9, level=level, fused=True)
+        expected: dict[str, float] = {}
+        for hits in (dense, words):
+            for hit in hits:
+                expected[hit.id] = expected.get(hit.id, 0) + 1 / (60 + hit.rank)
+        assert {hit.id: hit.score for hit in both} == pytest.approx(expected)
+        assert [hit.score for hit in both] == sorted((hit.score for hit in both), reverse=True)
+        (chosen,) = retriever.search(["ice moon"], "nq", top_k=9, level=level, fused=True, only_pages=["20", "30"])
+        assert {hit.wikipedia_id for hit in chosen} == {"20", "30"}
+        (first,) = retriever.search(["ice moon"], "nq", top_k=1, level=level, fused=True)
+        assert first == both[:1]
+    with pytest.raises(ArtifactError, match=r"cannot be read as a lexical index .*; build it again"):
+        Lexical.open(tmp_path / "nothing")
+
+
+def test_an_index_without_a_lexical_part_fuses_nothing(retriever: Retriever) -> None:
+    with pytest.raises(
+        RequestError, match=r"fused needs an index with a lexical part: .* index\.lexical=true"
+    ) as caught:
+        retriever.search(["ice"], "nq", fused=True)
+    assert caught.value.param == "fused"
+
+
+@given(
+    rankings=st.lists(st.lists(st.integers(0, 9), unique=True, max_size=8), min_size=1, max_size=3),
+    top_k=st.integers(1, 10),
+)
+def test_fusing_keeps_every_result_once_and_one_ranking_as_it_is(rankings: list[list[int]], top_k: int) -> None:
+    units = np.arange(10)
+    parts = [Ranking(np.zeros(len(rows), np.float32), np.array(rows, np.int64)) for rows in rankings]
+    fused = fuse(parts, units, top_k).rows_K.tolist()
+    every = {row for rows in rankings for row in rows}
+    assert len(fused) == len(set(fused)) == min(top_k, len(every))
+    assert set(fused) <= every
+    assert fuse(parts[:1], units, 10).rows_K.tolist() == rankings[0]
+    assert fuse([parts[0], parts[0]], units, 10).rows_K.tolist() == rankings[0]
+
+
 def test_page_ids_read_from_disk_are_those_of_the_passages(retriever: Retriever, tmp_path: Path) -> None:
     PageIds.of(RowStore(tmp_path / "passages.arrow")).save(tmp_path)
     ids = PageIds.open(tmp_path)
@@ -175,6 +234,7 @@ def index_facts(of: Contract) -> dict[str, object]:
         shards=(shard,),
         recall=MeasuredRecall(at=10, wanted=0.95, tasks={}),
         recall_queries=200,
+        lexical=False,
     )
     return manifest.model_dump(mode="json")
 

@@ -138,6 +138,17 @@ def test_pages_may_be_chosen_and_passages_read(url: str) -> None:
         assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
 
 
+def test_a_fused_answer_ranks_by_words_too(url: str) -> None:
+    (plain,) = post(url, query="Triton Triton", task="nq").json()["data"]
+    (fused,) = post(url, query="Triton Triton", task="nq", fused=True).json()["data"]
+    assert {hit["id"] for hit in fused["hits"]} == {hit["id"] for hit in plain["hits"]}
+    places = {one["hits"][n]["title"]: n for one in (fused,) for n in range(6)}
+    before = {hit["title"]: hit["rank"] - 1 for hit in plain["hits"]}
+    assert places["Triton"] <= before["Triton"]
+    assert fused["hits"][places["Triton"]]["score"] == pytest.approx(1 / (61 + before["Triton"]) + 1 / 61, rel=1e-5)
+    assert httpx.get(f"{url}/info").json()["fused"] is True
+
+
 def test_a_deadline_that_cannot_be_met_is_told(url: str) -> None:
     queries = [f"number {number} {number}" for number in range(900)]
     response = post(url, query=queries, task="nq", timeout_ms=1)

@@ -33,7 +33,8 @@ from taskspec.index.checks import require_finite, require_own_rows
 from taskspec.index.embed import EmbedPassages
 from taskspec.index.golden import GOLDEN_FILE, write_golden
 from taskspec.index.kinds import KINDS
-from taskspec.index.manifest import KIND, PASSAGE_COLUMNS, PASSAGES_FILE, IndexManifest, ShardFile
+from taskspec.index.lexical import Lexical
+from taskspec.index.manifest import KIND, LEXICAL_FOLDER, PASSAGE_COLUMNS, PASSAGES_FILE, IndexManifest, ShardFile
 from taskspec.index.page_ids import PageIds
 from taskspec.index.recall import MeasuredRecall, exact_answers, measure
 from taskspec.index.shard import Results, load_shard, make_shard, merge_top_k
@@ -161,6 +162,8 @@ def _standing_index(out: str, source: Source, plan: Sequence[PlannedShard]) -> I
         stored = store.read_manifest(out, KIND) if store.is_s3(out) else store.open_artifact(out, KIND).manifest
         manifest = IndexManifest.of(out, stored)
     except ArtifactError:
+        return None
+    if manifest.lexical != source.config.index.lexical:
         return None
     wanted = [shard.key(source) for shard in plan]
     stands = [
@@ -336,6 +339,8 @@ def _publish(out: str, source: Source, plan: Sequence[PlannedShard]) -> IndexMan
             )
         passages = RowStore.write(folder / PASSAGES_FILE, _text_tables(source.prepared.passages))
         PageIds.of(source.prepared.passages).save(folder)
+        if source.config.index.lexical:
+            Lexical.build(source.prepared.passages).save(folder / LEXICAL_FOLDER)
         write_golden(folder / GOLDEN_FILE, source.prepared, [task.name for task in source.contract.tasks])
         manifest = IndexManifest(
             contract=source.contract,
@@ -348,6 +353,7 @@ def _publish(out: str, source: Source, plan: Sequence[PlannedShard]) -> IndexMan
             passages=passages,
             shards=tuple(files),
             recall=recall,
+            lexical=source.config.index.lexical,
             recall_queries=source.config.index.recall_queries,
         )
         facts.update(manifest.model_dump(mode="json"))

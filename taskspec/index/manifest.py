@@ -19,6 +19,7 @@ from taskspec.sections import KindName, Precision, Section
 KIND = "index"
 PASSAGES_FILE = "passages.arrow"
 """The text store: a RowStore whose row numbers are the shards' rows."""
+LEXICAL_FOLDER = "lexical"
 PASSAGE_COLUMNS = ("passage_id", "page_row", "wikipedia_id", "title", "text")
 
 
@@ -52,6 +53,8 @@ class IndexManifest(Section):
     passages: int
     shards: tuple[ShardFile, ...]
     recall: MeasuredRecall
+    lexical: bool
+    """Whether there is a lexical index beside the shards."""
     recall_queries: int
     """Dev queries per task that recall was to be measured with; a task may have fewer."""
 

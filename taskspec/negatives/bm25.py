@@ -1,38 +1,32 @@
 """BM25 over passages: the lexical baseline, and lexical negatives for training.
 
 Path: prepared data → [here] → negatives artifact → batches; also a `Searcher` to evaluate beside the dense retriever.
-N passages, K results. The index of all passages is held in memory: right for up to a few million of them, and not the
-place for a whole Wikipedia.
+N passages, K results.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import bm25s
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import Stemmer
-from bm25s.tokenization import Tokenizer
 
 from taskspec import store
 from taskspec.config import Config
 from taskspec.data.prepared import PreparedData
 from taskspec.data.rows import RowStore
+from taskspec.index.lexical import K1, B, Lexical, chunks
+from taskspec.retrieve.catalog import Catalog
 from taskspec.retrieve.hits import Hit, Level
-from taskspec.retrieve.pages import Ranking, search_pages
+from taskspec.retrieve.pages import Ranking
 from taskspec.retrieve.retriever import check_request
 
 KIND = "negatives"
 RULE = "bm25"
-K1, B = 0.9, 0.4
-"""Pyserini's values, with which KILT's BM25 figures are computed."""
-CHUNK = 1024
-"""Rows whose texts are in memory at once, passages as well as queries."""
 
 SCHEMA = pa.schema(
     [
@@ -48,33 +42,20 @@ SCHEMA = pa.schema(
 
 
 class BM25:
-    """Ranks passages by the stemmed English words they share with a query; their title counts as part of them.
-
-    A passage that shares no word is no hit, so there may be fewer than were asked for.
+    """Ranks passages as `Lexical` does, and pages by their best passage.
 
     Example:
         hits = BM25.build(prepared).search(["who wrote The Silver Door"], task="nq", top_k=5)[0]
     """
 
-    def __init__(self, passages: RowStore, tokenizer: Tokenizer, index: bm25s.BM25) -> None:
-        self._passages = passages
-        self._tokenizer = tokenizer
-        self._index = index
-        self._page_of_row_N = passages.column("page_row")
+    def __init__(self, passages: RowStore, lexical: Lexical) -> None:
+        self._lexical = lexical
+        self._catalog = Catalog(passages, RULE, lexical=lexical)
 
     @classmethod
     def build(cls, prepared: PreparedData) -> BM25:
         """Indexes all passages."""
-        passages = prepared.passages
-        tokenizer = Tokenizer(stopwords="english", stemmer=Stemmer.Stemmer("english"))
-        ids: list[list[int]] = []
-        for rows in _chunks(len(passages)):
-            taken = passages.take(rows, ["title", "text"])
-            texts = [f"{title} {text}" for title, text in zip(taken["title"], taken["text"], strict=True)]
-            ids += tokenizer.tokenize(texts, update_vocab=True, show_progress=False, allow_empty=False)
-        index = bm25s.BM25(k1=K1, b=B)
-        index.index((ids, tokenizer.get_vocab_dict()), show_progress=False)
-        return cls(passages, tokenizer, index)
+        return cls(prepared.passages, Lexical.build(prepared.passages))
 
     def search(
         self,
@@ -90,38 +71,14 @@ class BM25:
         """
         check_request((task,), task, texts, top_k)
         result: list[list[Hit]] = []
-        columns = ["passage_id", "wikipedia_id", "title", *(["text"] if with_text else [])]
-        for rows in _chunks(len(texts)):
-            for ranking in self.rank([texts[row] for row in rows], top_k, level):
-                taken = self._passages.take(ranking.rows_K, columns)
-                ids = taken["wikipedia_id" if level == "page" else "passage_id"]
-                found = taken["text"] if with_text else [None] * len(ids)
-                fields = zip(ids, ranking.scores_K.tolist(), taken["wikipedia_id"], taken["title"], found, strict=True)
-                result.append([Hit(rank, *field) for rank, field in enumerate(fields, start=1)])
+        for rows in chunks(len(texts)):
+            rankings = self.rank([texts[row] for row in rows], top_k, level)
+            result += self._catalog.hits(rankings, level, with_text)
         return result
 
     def rank(self, texts: Sequence[str], top_k: int, level: Level) -> list[Ranking]:
         """`search` as scores and passage rows; at page level a page stands as its best passage."""
-        tokens = self._tokenizer.tokenize(list(texts), update_vocab=False, show_progress=False, allow_empty=False)
-        if level == "passage":
-            return [self._best_passages(words, top_k) for words in tokens]
-
-        def search(numbers_B: np.ndarray, passages: int) -> list[Ranking]:
-            return [self._best_passages(tokens[number], passages) for number in numbers_B.tolist()]
-
-        return search_pages(search, self._page_of_row_N, np.arange(len(texts)), top_k)
-
-    def _best_passages(self, words: list[int], top_k: int) -> Ranking:
-        if not words:
-            return Ranking(np.empty(0, dtype=np.float32), np.empty(0, dtype=np.int64))
-        scores_N = self._index.get_scores_from_ids(words)
-        least = 0.0
-        if top_k < len(scores_N):
-            least = np.partition(scores_N, -top_k)[-top_k]
-        # All that tie with the last one are sorted too, so that the lower row wins.
-        rows = np.flatnonzero((scores_N >= least) & (scores_N > 0))
-        rows_K = rows[np.argsort(-scores_N[rows], kind="stable")][:top_k]
-        return Ranking(scores_N[rows_K], rows_K)
+        return self._catalog.rank_lexical(texts, top_k, level)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +115,7 @@ def _mine_task(searcher: BM25, prepared: PreparedData, task: str, config: Config
     page_of_row_N = prepared.passages.column("page_row")
     kept = dropped = short = 0
     with pq.ParquetWriter(path, SCHEMA) as writer:
-        for rows in _chunks(len(queries)):
+        for rows in chunks(len(queries)):
             taken = queries.take(rows, ["query_id", "text", "gold_page_rows"])
             lists: dict[str, list[list[Any]]] = {"passage_rows": [], "passage_ids": [], "scores": []}
             rankings = searcher.rank(taken["text"], config.negatives.depth, "passage")
@@ -174,8 +131,3 @@ def _mine_task(searcher: BM25, prepared: PreparedData, task: str, config: Config
             columns = {"query_row": list(rows), "query_id": taken["query_id"], **lists, "rule": [RULE] * len(rows)}
             writer.write_table(pa.table(columns, schema=SCHEMA))
     return TaskCounts(len(queries), kept, dropped, short)
-
-
-def _chunks(count: int) -> Iterator[range]:
-    for start in range(0, count, CHUNK):
-        yield range(start, min(start + CHUNK, count))

@@ -13,12 +13,14 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from taskspec.data.rows import RowStore
-from taskspec.index.manifest import PASSAGES_FILE, IndexManifest
+from taskspec.index.lexical import Lexical
+from taskspec.index.manifest import LEXICAL_FOLDER, PASSAGES_FILE, IndexManifest
 from taskspec.index.page_ids import PageIds
 from taskspec.index.recall import MeasuredRecall
 from taskspec.index.shard import Results, Shard, load_shard, merge_top_k
+from taskspec.retrieve.fusion import FUSED_DEPTH, fuse
 from taskspec.retrieve.hits import Hit, Level
-from taskspec.retrieve.pages import Ranking, best_per_page, search_until_full
+from taskspec.retrieve.pages import Keep, Ranking, best_per_page, search_until_full
 
 
 class Shards(Protocol):
@@ -85,20 +87,28 @@ class Catalog:
         version: str,
         recall: MeasuredRecall | None = None,
         page_ids: PageIds | None = None,
+        lexical: Lexical | None = None,
     ) -> None:
         """Args: recall: as measured when the index was built, for how hard each task's searches try. page_ids: of
-        `passages`; made when they are needed if None.
+        `passages`; made when they are needed if None. lexical: of `passages`, for fused searches.
         """
         self._passages = passages
         self._page_of_row_N = passages.column("page_row")
         self._recall = recall
         self._page_ids = page_ids
+        self._lexical = lexical
         self.version = version
 
     @classmethod
     def open(cls, folder: Path, manifest: IndexManifest, version: str) -> Catalog:
         """Raises: ArtifactError for a file that is not what it should be."""
-        return cls(RowStore(folder / PASSAGES_FILE), version, manifest.recall, PageIds.open(folder))
+        lexical = Lexical.open(folder / LEXICAL_FOLDER) if manifest.lexical else None
+        return cls(RowStore(folder / PASSAGES_FILE), version, manifest.recall, PageIds.open(folder), lexical)
+
+    @property
+    def fuses(self) -> bool:
+        """Whether there is a lexical index to fuse with."""
+        return self._lexical is not None
 
     def effort(self, task: str) -> int | None:
         """How hard a search for this task tries, as its recall was measured; None where there is no choice."""
@@ -128,26 +138,67 @@ class Catalog:
         with_text: bool,
         effort: int | None = None,
         pages: PageChoice = EVERY_PAGE,
+        fused_texts: Sequence[str] | None = None,
     ) -> list[list[Hit]]:
-        """The hits of each query, best first, equal scores by lower passage row."""
+        """The hits of each query, best first, equal scores by lower passage row.
 
+        Args: fused_texts: of the queries, to fuse their lexical ranking with the dense one; scores are the fusion's.
+        """
+        if fused_texts is None:
+            return self.hits(self._rank(shards, queries_BD, top_k, level, effort, pages), level, with_text)
+        depth = max(top_k, FUSED_DEPTH)
+        dense = self._rank(shards, queries_BD, depth, level, effort, pages)
+        lexical = self.rank_lexical(fused_texts, depth, level, pages)
+        unit_of_row_N = self._page_of_row_N if level == "page" else np.arange(len(self._page_of_row_N))
+        fused = [fuse(pair, unit_of_row_N, top_k) for pair in zip(dense, lexical, strict=True)]
+        return self.hits(fused, level, with_text)
+
+    def rank_lexical(
+        self, texts: Sequence[str], top_k: int, level: Level, pages: PageChoice = EVERY_PAGE
+    ) -> list[Ranking]:
+        """By shared words. Fewer than `top_k` where fewer passages share one."""
+        assert self._lexical is not None, "asked for only where `fuses`"
+        lexical = self._lexical
+        words = lexical.words(texts)
+
+        def search(numbers_B: np.ndarray, passages: int) -> list[Ranking]:
+            return [Ranking(*lexical.best_passages(words[number], passages)) for number in numbers_B.tolist()]
+
+        numbers_B = np.arange(len(texts))
+        if level == "passage" and pages is EVERY_PAGE:
+            return search(numbers_B, top_k)
+        return search_until_full(search, self._keep(level, pages), numbers_B, top_k, len(self._page_of_row_N))
+
+    def _keep(self, level: Level, pages: PageChoice) -> Keep:
         def keep(ranking: Ranking) -> Ranking:
-            if len(pages.without):
-                kept_K = ~np.isin(self._page_of_row_N[ranking.rows_K], pages.without)
+            page_K = self._page_of_row_N[ranking.rows_K]
+            if len(pages.without) or pages.only is not None:
+                kept_K = ~np.isin(page_K, pages.without) if pages.only is None else np.isin(page_K, pages.only)
                 ranking = Ranking(ranking.scores_K[kept_K], ranking.rows_K[kept_K])
             return best_per_page(ranking, self._page_of_row_N) if level == "page" else ranking
+
+        return keep
+
+    def _rank(
+        self,
+        shards: Shards,
+        queries_BD: np.ndarray,
+        top_k: int,
+        level: Level,
+        effort: int | None,
+        pages: PageChoice,
+    ) -> list[Ranking]:
+        keep = self._keep(level, pages)
 
         def search(queries_BD: np.ndarray, passages: int) -> list[Ranking]:
             return _rankings(shards.search(queries_BD, passages, effort))
 
         if pages.only is not None:
             ranked = _rankings(shards.rank(queries_BD, self._rows_of(pages.only)))
-            rankings = [Ranking(one.scores_K[:top_k], one.rows_K[:top_k]) for one in map(keep, ranked)]
-        elif level == "page" or len(pages.without):
-            rankings = search_until_full(search, keep, queries_BD, top_k, len(self._page_of_row_N))
-        else:
-            rankings = search(queries_BD, top_k)
-        return self._hits(rankings, level, with_text)
+            return [Ranking(one.scores_K[:top_k], one.rows_K[:top_k]) for one in map(keep, ranked)]
+        if level == "page" or len(pages.without):
+            return search_until_full(search, keep, queries_BD, top_k, len(self._page_of_row_N))
+        return search(queries_BD, top_k)
 
     def passage(self, passage_id: str) -> dict[str, str] | None:
         """passage_id, wikipedia_id, title and text of one passage; None if there is none of that id."""
@@ -169,7 +220,8 @@ class Catalog:
         starts, stops = (np.searchsorted(self._page_of_row_N, pages, side) for side in ("left", "right"))
         return np.concatenate([np.empty(0, np.int64), *map(np.arange, starts, stops)])
 
-    def _hits(self, rankings: Sequence[Ranking], level: Level, with_text: bool) -> list[list[Hit]]:
+    def hits(self, rankings: Sequence[Ranking], level: Level, with_text: bool) -> list[list[Hit]]:
+        """What ranked rows stand for."""
         columns = ["passage_id", "wikipedia_id", "title", *(["text"] if with_text else [])]
         passages = self._passages.take(np.concatenate([ranking.rows_K for ranking in rankings]), columns)
         ids = passages["wikipedia_id" if level == "page" else "passage_id"]

@@ -56,6 +56,12 @@ def check_request(tasks: Iterable[str], task: str, texts: Sequence[str], top_k: 
             raise RequestError(f"query {number} of {len(texts)} (from 0) is empty", param="query")
 
 
+def require_lexical(lexical: bool) -> None:
+    """Raises: RequestError where an index without a lexical part is asked for a fused ranking."""
+    if not lexical:
+        raise RequestError("fused needs an index with a lexical part: build it with index.lexical=true", param="fused")
+
+
 class Retriever:
     """Answers queries from an index by the model that embedded it. Searching is safe from several threads.
 
@@ -106,21 +112,27 @@ class Retriever:
         with_text: bool = False,
         only_pages: Sequence[str] | None = None,
         without_pages: Sequence[str] = (),
+        fused: bool = False,
     ) -> list[list[Hit]]:
         """The hits of each query, best first, equal scores by lower passage row.
 
         Args: level: `page` gives each page once, by its best passage. with_text: fill `Hit.text`. only_pages,
-            without_pages: wikipedia ids of the pages that may, or may not, be found; unknown ones match nothing.
+            without_pages: wikipedia ids of the pages that may, or may not, be found; unknown ones match nothing. fused:
+            fuse the ranking with BM25's; scores are then the fusion's.
         Returns: `top_k` hits per query; fewer only where fewer pages or passages may be found, or where an approximate
             index reaches no more.
-        Raises: RequestError for an unknown task (listing the known ones), top_k < 1 or an empty query.
+        Raises: RequestError for an unknown task (listing the known ones), top_k < 1, an empty query, or `fused` where
+            the index has no lexical part.
         """
         check_request((t.name for t in self.contract.tasks), task, texts, top_k)
+        if fused:
+            require_lexical(self._catalog.fuses)
         if not texts:
             return []
         embeddings_BD, _ = self.embed(task, texts)
         pages, effort = self._catalog.choose_pages(only_pages, without_pages), self._catalog.effort(task)
-        return self._catalog.search(self._shards, embeddings_BD, top_k, level, with_text, effort, pages)
+        of = texts if fused else None
+        return self._catalog.search(self._shards, embeddings_BD, top_k, level, with_text, effort, pages, of)
 
     def embed(self, task: str, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Returns: (B, D) float32, and (B,) bool: which queries were cut to the task's length."""
