@@ -32,10 +32,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _count(text: str) -> int:
-    number = float(text)  # 36e6 is easier to read than its zeros
-    if number < 1 or number != int(number):
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on but is {text}")
-    return int(number)
+    try:
+        number = float(text)  # 36e6 is easier to read than its zeros
+        if number >= 1 and number == int(number):
+            return int(number)
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"must be a whole number from 1 on but is {text}")
 
 
 def run(argv: Sequence[str] | None = None) -> dict[str, Any]:

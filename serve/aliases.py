@@ -155,7 +155,7 @@ class Aliases:
         self._table = Table(0, served)
         self._changed = asyncio.Condition()
         self._followers: dict[tuple[str, str], Follower] = {}
-        self._compared: dict[str, list[float]] = defaultdict(list)
+        self._compared: dict[str, Compared] = {}
         self._golden: dict[str, dict[str, float]] = {}
         self._status: Status = "served"
         self._reason: str | None = None
@@ -203,7 +203,11 @@ class Aliases:
     async def compare(self, task: str, version: str, overlaps: Sequence[float]) -> None:
         """Counts how far the candidate's hits agree with the current version's."""
         if self._table.candidate and self._table.candidate.version.id == version:
-            self._compared[task].extend(overlaps)
+            before = self._compared.get(task, Compared(queries=0, overlap=0.0))
+            count = before.queries + len(overlaps)
+            if count:
+                mean = (before.overlap * before.queries + sum(overlaps)) / count
+                self._compared[task] = Compared(queries=count, overlap=mean)
 
     async def state(self) -> AliasResponse:
         candidate = self._table.candidate
@@ -214,10 +218,7 @@ class Aliases:
             candidate=_info(candidate) if candidate else None,
             shares=self._table.shares,
             shadow=self._table.shadow,
-            compared={
-                task: Compared(queries=len(values), overlap=sum(values) / len(values))
-                for task, values in self._compared.items()
-            },
+            compared=self._compared,
             status=self._status,
             reason=self._reason,
             golden=self._golden,
@@ -276,8 +277,9 @@ class Aliases:
         if new.version != before.current.version:
             await self._set(replace(before, opened=(*before.opened, new.version)))
             await self._opened_everywhere(new.version)
-            self._status = "trying"
-            await self._try(before.current, new, request.epsilon)
+            if new.version not in before.opened:  # going back to the last version must not depend on a trial
+                self._status = "trying"
+                await self._try(before.current, new, request.epsilon)
         revision, last = before.revision + 1, tuple({v for v in before.opened if v != new.version})
         if new.version == before.current.version:
             return Table(revision, new, opened=last)

@@ -195,8 +195,9 @@ class Api:
         if asked:
             found = await self._ask(served, request.task, [texts[n] for n in asked], search, request.timeout_ms)
             self._require_covered(served, found, request.allow_partial)
-            for number, hits, truncated in zip(asked, found.hits, found.truncated, strict=True):
-                answers[number] = Known(hits, truncated, found.complete)
+            parts = zip(asked, found.hits, found.truncated, found.complete, strict=True)
+            for number, hits, truncated, complete in parts:
+                answers[number] = Known(hits, truncated, complete)
                 if not found.failed and self._args.cached_queries:
                     self._known[keys[number]] = answers[number]
         data = [answers[number] for number in range(len(texts))]

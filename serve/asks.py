@@ -66,8 +66,8 @@ class Found:
     embedded: Embedded
     hits: list[list[Hit]] | None
     """None if only embeddings were asked for."""
-    complete: bool
-    """Whether each query has as many hits as it asked for, or all there are."""
+    complete: list[bool]
+    """Whether a query has as many hits as it asked for, or all there are."""
     failed: frozenset[int]
     """Shard deployments that did not answer."""
 
@@ -80,7 +80,7 @@ class FoundAll:
     embeddings_BD: np.ndarray
     truncated: list[bool]
     tokens: int
-    complete: bool
+    complete: list[bool]
     failed: frozenset[int]
     last: Batch
     """The batch that the request waited for longest."""

@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -29,7 +29,6 @@ class _Waiting(Generic[Item, Result]):
     tokens: int
     deadline: float
     result: asyncio.Future[Result]
-    came: float = field(default_factory=time.monotonic)
 
     def wanted(self) -> bool:
         """Whether somebody still waits for it; tells them if it is too late."""
@@ -51,12 +50,12 @@ class Batcher(Generic[Item, Between, Result]):
 
     def __init__(
         self,
-        first: Callable[[list[Item]], Awaitable[list[Between]]],
-        then: Callable[[list[Item], list[Between]], Awaitable[list[Result]]],
+        first: Callable[[list[Item]], Awaitable[list[Between | Exception]]],
+        then: Callable[[list[Item], list[Between]], Awaitable[list[Result | Exception]]],
         most_tokens: int,
     ) -> None:
-        """Args: first: for one batch at a time. then: for batches at the same time. most_tokens: of a batch; an item
-        with more of them is a batch by itself.
+        """Args: first: for one batch at a time. then: for batches at the same time. Both may have an exception for an
+        item, which is that item's alone. most_tokens: of a batch; an item with more of them is a batch by itself.
         """
         self._first, self._then, self._most_tokens = first, then, most_tokens
         self._queue: deque[_Waiting[Item, Result]] = deque()
@@ -68,17 +67,12 @@ class Batcher(Generic[Item, Between, Result]):
         """What the stages make of the item.
 
         Args: deadline: by the monotonic clock; it is looked at before each stage.
-        Raises: LateError; what a stage raises for the batch.
+        Raises: LateError; what a stage has for the item, or raises for the batch.
         """
         waiting = _Waiting[Item, Result](item, tokens, deadline, asyncio.get_running_loop().create_future())
         self._queue.append(waiting)
         self._came.set()
         return await waiting.result
-
-    @property
-    def tokens(self) -> int:
-        """Waiting for their turn."""
-        return sum(waiting.tokens for waiting in self._queue)
 
     def _start(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)
@@ -113,19 +107,27 @@ class Batcher(Generic[Item, Between, Result]):
             batch.append(self._queue.popleft())
         return batch
 
-    async def _finish(self, batch: list[_Waiting[Item, Result]], between: list[Between]) -> None:
-        wanted = [number for number, waiting in enumerate(batch) if waiting.wanted()]
+    async def _finish(self, batch: list[_Waiting[Item, Result]], between: Sequence[Between | Exception]) -> None:
+        wanted: list[_Waiting[Item, Result]] = []
+        made: list[Between] = []
+        for waiting, one in zip(batch, between, strict=True):
+            if isinstance(one, Exception):
+                _fail([waiting], one)
+            elif waiting.wanted():
+                wanted.append(waiting)
+                made.append(one)
         if not wanted:
             return
         try:
-            items = [batch[number].item for number in wanted]
-            results = await self._then(items, [between[number] for number in wanted])
+            results = await self._then([waiting.item for waiting in wanted], made)
         except Exception as error:
-            _fail([batch[number] for number in wanted], error)
+            _fail(wanted, error)
             return
-        for number, result in zip(wanted, results, strict=True):
-            if not batch[number].result.done():
-                batch[number].result.set_result(result)
+        for waiting, result in zip(wanted, results, strict=True):
+            if isinstance(result, Exception):
+                _fail([waiting], result)
+            elif not waiting.result.done():
+                waiting.result.set_result(result)
 
 
 def _fail(batch: Sequence[_Waiting[Item, Result]], error: Exception) -> None:

@@ -168,7 +168,7 @@ class Encoder:
             embeddings_BD=np.concatenate([part.embedded.embeddings_BD for part in parts]),
             truncated=[bool(cut) for part in parts for cut in part.embedded.truncated_B],
             tokens=sum(int(part.embedded.tokens_B.sum()) for part in parts),
-            complete=all(part.complete for part in parts),
+            complete=[complete for part in parts for complete in part.complete],
             failed=frozenset().union(*(part.failed for part in parts)),
             last=last,
             wait_ms=(last.began - came) * 1000,
@@ -178,34 +178,44 @@ class Encoder:
         """One passage by its id."""
         return await asyncio.to_thread(lambda: self._models.get(version).catalog.passage(passage_id))
 
-    async def _embed(self, asks: list[Ask]) -> list[Embedded]:
+    async def _embed(self, asks: list[Ask]) -> list[Embedded | Exception]:
         return await asyncio.get_running_loop().run_in_executor(self._embedding, self._embed_batch, asks)
 
-    def _embed_batch(self, asks: Sequence[Ask]) -> list[Embedded]:
+    def _embed_batch(self, asks: Sequence[Ask]) -> list[Embedded | Exception]:
+        """Version by version, task by task; what fails for one, such as a version that cannot be opened, is its own."""
         began = time.monotonic()
-        parts: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        parts: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray] | Exception] = {}
         for (version, task), numbers in _numbers_by((ask.version, ask.task) for ask in asks):
-            encoder = self._models.get(version).encoder
-            texts = [text for number in numbers for text in asks[number].texts]
-            queries = encoder.tokenizer.queries(task, texts)
-            columns = encoder.embed_tokens(queries), queries.truncated_B, queries.mask_BL.sum(axis=1)
+            try:
+                encoder = self._models.get(version).encoder
+                texts = [text for number in numbers for text in asks[number].texts]
+                queries = encoder.tokenizer.queries(task, texts)
+                columns = encoder.embed_tokens(queries), queries.truncated_B, queries.mask_BL.sum(axis=1)
+            except Exception as error:
+                parts.update(dict.fromkeys(numbers, error))
+                continue
             stops = np.cumsum([len(asks[number].texts) for number in numbers])[:-1]
             parts.update(zip(numbers, zip(*(np.split(column, stops) for column in columns), strict=True), strict=True))
         batch = Batch(began, sum(len(ask.texts) for ask in asks), (time.monotonic() - began) * 1000)
-        return [Embedded(*parts[number], batch) for number in range(len(asks))]
+        ordered = [parts[number] for number in range(len(asks))]
+        return [part if isinstance(part, Exception) else Embedded(*part, batch) for part in ordered]
 
-    async def _search(self, asks: list[Ask], embedded: list[Embedded]) -> list[Found]:
-        """One search for all asks that can share it; the groups side by side."""
+    async def _search(self, asks: list[Ask], embedded: list[Embedded]) -> list[Found | Exception]:
+        """One search for all asks that can share it; the groups side by side, and none fails with another."""
         loop = asyncio.get_running_loop()
         groups = [numbers for _, numbers in _numbers_by(map(self._group, asks))]
 
         def search(numbers: list[int]) -> list[Found]:
             return self._search_group([asks[n] for n in numbers], [embedded[n] for n in numbers], loop)
 
-        parts = await asyncio.gather(*(loop.run_in_executor(self._searching, search, numbers) for numbers in groups))
-        found: dict[int, Found] = {}
-        for numbers, part in zip(groups, parts, strict=True):
-            found.update(zip(numbers, part, strict=True))
+        searches = (loop.run_in_executor(self._searching, search, numbers) for numbers in groups)
+        found: dict[int, Found | Exception] = {}
+        for numbers, part in zip(groups, await asyncio.gather(*searches, return_exceptions=True), strict=True):
+            if isinstance(part, Exception):
+                found.update(dict.fromkeys(numbers, part))
+            else:
+                assert not isinstance(part, BaseException)
+                found.update(zip(numbers, part, strict=True))
         return [found[number] for number in range(len(asks))]
 
     def _group(self, ask: Ask) -> Hashable:
@@ -223,7 +233,7 @@ class Encoder:
         began = time.monotonic()
         first = asks[0]
         if first.search is None:
-            return [Found(one, None, True, frozenset()) for one in embedded]
+            return [Found(one, None, [True] * len(one.tokens_B), frozenset()) for one in embedded]
         catalog = self._models.get(first.version).catalog
         search = first.search
         pages = catalog.choose_pages(search.only_pages, search.without_pages)
@@ -245,7 +255,7 @@ class Encoder:
             own = [each[: ask.search.top_k] for each in hits[start : start + len(ask.texts)]]
             start += len(ask.texts)
             there_are = min(ask.search.top_k, catalog.count(search.level, pages))
-            complete = not shards.failed and all(len(each) >= there_are for each in own)
+            complete = [not shards.failed and len(each) >= there_are for each in own]
             with_time = replace(one, batch=replace(one.batch, search_ms=search_ms))
             found.append(Found(with_time, own, complete, frozenset(shards.failed)))
         return found

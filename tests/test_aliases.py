@@ -126,6 +126,9 @@ def test_a_flip_under_load_fails_no_request_and_going_back_is_quick(url: str, fo
             assert thread.is_alive()
             time.sleep(0.05)
         assert change(url, folder, "a")["current"]["version"] == a
+        back = change(url, folder, "b")  # which finds less: but it was served last, and going back takes no trial
+        assert (back["status"], back["current"]["version"]) == ("served", b)
+        assert change(url, folder, "a")["current"]["version"] == a
     finally:
         stop.set()
         thread.join()

@@ -293,6 +293,11 @@ def test_the_recall_in_the_manifest_is_what_an_outsider_measures(
     assert recall.low <= np.mean(shares) <= recall.high
     assert len(retriever.search(texts[:1], "nq", top_k=10, fused=True)[0]) == 10
 
+    source, plan = source_of(folder, config), build.plan_shards(out, PASSAGES, 3)
+    assert build._standing_index(out, source, plan) is not None
+    stricter = source_of(folder, with_values(config, {"index.recall": 1.0}))
+    assert build._standing_index(out, stricter, plan) is None, "it does not have what is asked for now"
+
 
 def test_embeddings_that_are_not_finite_are_refused() -> None:
     embedding_ND = np.ones((3, 2), dtype=np.float32)

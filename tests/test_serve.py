@@ -328,7 +328,7 @@ def api_of(folder: Path, answer: FoundAll | Exception, **args: Any) -> Any:
 def found(failed: set[int], hits: int = 1) -> FoundAll:
     batch = Batch(0.0, 1, 1.0, 1.0)
     hit = Hit(1, "0", 1.0, "0", "Ceres", None)
-    return FoundAll([[hit] * hits], np.zeros((1, 16)), [False], 3, not failed, frozenset(failed), batch, 0.0)
+    return FoundAll([[hit] * hits], np.zeros((1, 16)), [False], 3, [not failed], frozenset(failed), batch, 0.0)
 
 
 @pytest.mark.parametrize(

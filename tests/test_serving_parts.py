@@ -38,17 +38,18 @@ class Stages:
         self.second_gate = asyncio.Event()
         self.second_gate.set()
 
-    async def embed(self, items: list[str]) -> list[str]:
+    async def embed(self, items: list[str]) -> list[str | Exception]:
         self.first.append(items)
         await self.gate.wait()
         if "bad" in items:
             raise ValueError("bad batch")
-        return [item.upper() for item in items]
+        return [KeyError("alone") if item == "unknown" else item.upper() for item in items]
 
-    async def search(self, items: list[str], between: list[str]) -> list[str]:
+    async def search(self, items: list[str], between: list[str]) -> list[str | Exception]:
         self.then.append(items)
         await self.second_gate.wait()
-        return [f"{item}{upper}" for item, upper in zip(items, between, strict=True)]
+        pairs = zip(items, between, strict=True)
+        return [KeyError("lost") if item == "lost" else f"{item}{upper}" for item, upper in pairs]
 
 
 def with_batcher(test: Callable[[Stages, Batcher[str, str, str]], Awaitable[None]], most_tokens: int = 10) -> None:
@@ -74,7 +75,6 @@ def test_what_comes_while_a_batch_is_embedded_is_the_next_one_in_order_of_arriva
         last = asyncio.create_task(batcher.add("g", 1, FOREVER))
         await settle()
         assert stages.first == [["a"]]
-        assert batcher.tokens == 28
         stages.gate.set()
         assert await asyncio.gather(first, *others, large, last) == ["aA", "bB", "cC", "dD", "eE", "fF", "gG"]
         assert stages.first == [["a"], ["b", "c"], ["d", "e"], ["f"], ["g"]]
@@ -123,6 +123,16 @@ def test_an_error_of_a_stage_reaches_its_batch_and_no_other() -> None:
         with pytest.raises(ValueError, match="bad batch"):
             await batcher.add("bad", 1, FOREVER)
         assert await batcher.add("good", 1, FOREVER) == "goodGOOD"
+
+    with_batcher(test)
+
+
+def test_what_a_stage_cannot_do_for_one_item_fails_that_item_alone() -> None:
+    async def test(stages: Stages, batcher: Batcher[str, str, str]) -> None:
+        items = ("unknown", "good", "lost", "fine")
+        found = await asyncio.gather(*(batcher.add(item, 1, FOREVER) for item in items), return_exceptions=True)
+        assert [str(one) for one in found] == ["'alone'", "goodGOOD", "'lost'", "fineFINE"]
+        assert (stages.first, stages.then) == ([list(items)], [["good", "lost", "fine"]])
 
     with_batcher(test)
 
