@@ -32,7 +32,7 @@ import numpy as np
 import yaml
 
 from jobs.quickstart import serving
-from taskspec import cluster, store
+from taskspec import artifacts, cluster, store
 from taskspec.config import Config, load_config
 from taskspec.data.prepared import PreparedData
 from taskspec.index import build
@@ -82,7 +82,7 @@ def embed(config: Config, pairs: int, passages: int) -> None:
     from sentence_transformers import SentenceTransformer
 
     at = places(config)
-    opened = store.open_artifact(at["checkpoint"], "checkpoint")
+    opened = artifacts.open_artifact(at["checkpoint"], "checkpoint")
     contract = Contract.model_validate(opened.manifest.facts["contract"])
     prepared = PreparedData.open(at["prepared"])
     source = build.Source(config, opened, contract, prepared)
@@ -115,7 +115,7 @@ def job_seconds(source: build.Source, passages: int) -> float:
 def search(config: Config, pairs: int, batch: int) -> None:
     """Seconds for the best 10 of a batch, exact, by as many threads as FAISS takes."""
     at = places(config)
-    artifact = store.open_artifact(at["index"], KIND)
+    artifact = artifacts.open_artifact(at["index"], KIND)
     manifest = IndexManifest.of(at["index"], artifact.manifest)
     shards: list[Shard] = [
         load_shard(artifact.folder / s.file, manifest.kind, s.row_start, s.max_norm) for s in manifest.shards

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jobs import cli
-from taskspec import store
+from taskspec import artifacts, store
 from taskspec.config import Config
 from taskspec.errors import ConfigError
 from taskspec.sections import Evaluate
@@ -169,8 +169,8 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         else:
             systems.setdefault(system, {})[task] = retriever
         column = system if task is None else f"{system}:{task}"
-        inputs[f"checkpoint of {column}"] = store.read_manifest(checkpoint, "checkpoint").id
-        inputs[f"index of {column}"] = store.read_manifest(index, "index").id
+        inputs[f"checkpoint of {column}"] = artifacts.read_manifest(checkpoint, "checkpoint").id
+        inputs[f"index of {column}"] = artifacts.read_manifest(index, "index").id
     uri = arguments.out or store.join(config.artifacts, "evaluation")
     table = publish_evaluation(uri, systems, prepared, config, inputs=inputs)
     if not arguments.json:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from jobs import cli
-from taskspec import store
+from taskspec import artifacts, store
 from taskspec.config import Config
 from taskspec.errors import ConfigError
 
@@ -57,7 +57,7 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if arguments.checkpoint is None:
         raise ConfigError("--checkpoint is missing: name the URI that jobs.train printed")
     for uri, kind in ((arguments.checkpoint, "checkpoint"), (prepared, "prepared-data")):
-        store.read_manifest(uri, kind)  # a wrong URI ends here, before Ray starts
+        artifacts.read_manifest(uri, kind)  # a wrong URI ends here, before Ray starts
     cluster.connect(config.cluster)
     index = build_index(config, arguments.checkpoint, prepared, out)
     return {

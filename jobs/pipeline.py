@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jobs import cli
-from taskspec import store
+from taskspec import artifacts, store
 from taskspec.config import Config, canonical_sha256
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ class Inputs(NamedTuple):
 
     def ids(self) -> list[str]:
         """Of the artifacts, in the order of the fields."""
-        ids = [store.read_manifest(self.prepared, "prepared-data").id]
-        return [*ids, store.read_manifest(self.negatives, "negatives").id] if self.negatives else ids
+        ids = [artifacts.read_manifest(self.prepared, "prepared-data").id]
+        return [*ids, artifacts.read_manifest(self.negatives, "negatives").id] if self.negatives else ids
 
 
 class Trained(NamedTuple):
@@ -88,7 +88,7 @@ def run_pipeline(config: Config, systems: Mapping[str, Config]) -> Result:
         retriever = Retriever.open(one.checkpoint, one.index)
         tasks = [task.name for task in systems[system].trained_tasks]
         opened[system] = dict.fromkeys(tasks, retriever)
-        ids[f"index/{system}"] = store.read_manifest(one.index, "index").id
+        ids[f"index/{system}"] = artifacts.read_manifest(one.index, "index").id
     evaluation = store.join(config.artifacts, "evaluation")
     if stands(evaluation, "evaluation", config, {"prepared": prepared.id, **ids}, ("evaluate",)):
         table = EvaluationTable.open(evaluation)
@@ -118,9 +118,9 @@ def make_inputs(config: Config) -> Inputs:
 
 def stands(uri: str, kind: str, config: Config, inputs: dict[str, str], sections: Sequence[str]) -> bool:
     """Whether an artifact exists for the same inputs and the same values of those sections."""
-    if not store.exists(store.join(uri, store.MANIFEST)):
+    if not store.exists(store.join(uri, artifacts.MANIFEST)):
         return False
-    manifest = store.read_manifest(uri, kind)
+    manifest = artifacts.read_manifest(uri, kind)
     tree = config.model_dump(mode="json")
     same = manifest.inputs == inputs and all(manifest.config.get(name) == tree[name] for name in sections)
     if same:

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 from jobs.pipeline import Inputs, train_run
-from taskspec import store
+from taskspec import artifacts, store
 from taskspec.arms import Candidate
 from taskspec.config import Config, canonical_sha256
 from taskspec.evaluate.run import evaluate
@@ -92,7 +92,7 @@ def _dense_trial(candidate: Candidate, seed: int, config: Config, inputs: Inputs
     run = train_run(config, inputs)
     index = store.join(config.artifacts, "sweep", "indexes", run.uri.rpartition("/")[2])
     built = build_index(config, run.best_uri, inputs.prepared, index)
-    folder = store.open_artifact(index, "index").folder
+    folder = artifacts.open_artifact(index, "index").folder
     retriever = Retriever.open(run.best_uri, index)
     tasks = [task.name for task in config.trained_tasks if task.name in prepared.tasks("dev")]
     rows = evaluate(retriever, prepared, tasks, config.evaluate, system=config.specialization.method)
@@ -121,7 +121,7 @@ def _dense_trial(candidate: Candidate, seed: int, config: Config, inputs: Inputs
         checkpoint=run.best_uri,
     )
     if not config.sweep.keep_indexes:
-        store.remove(index)
+        artifacts.remove(index)
     return trial
 
 

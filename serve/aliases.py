@@ -27,10 +27,11 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from serve.admission import query_tokens
-from serve.asks import FoundAll, Search
+from serve.arguments import ServeArgs
+from serve.asks import FoundAll, Search, Version
 from serve.errors import Conflict
-from serve.schema import AliasRequest, AliasResponse, Compared, ServeArgs, Version, VersionInfo
-from taskspec import store
+from serve.schema import AliasRequest, AliasResponse, Compared, VersionInfo
+from taskspec import artifacts, store
 from taskspec.errors import StoreError, TaskspecError
 from taskspec.evaluate.metrics import r_precision
 from taskspec.index.golden import GOLDEN_FILE, read_golden
@@ -64,7 +65,7 @@ class Served:
 
 def open_version(checkpoint: str, index: str) -> Served:
     """Raises: ContractError, ArtifactError, StoreError."""
-    contract, manifest = read_contract(checkpoint), store.read_manifest(index, KIND)
+    contract, manifest = read_contract(checkpoint), artifacts.read_manifest(index, KIND)
     facts = IndexManifest.of(index, manifest)
     facts.require_built_by(contract, checkpoint, index)
     return Served(Version(index_version(manifest.id), checkpoint, index), contract, facts)
@@ -338,8 +339,8 @@ async def golden_precision(encoder: DeploymentHandle, served: Served, of: Served
 
     Raises: Conflict if an answer does not come in time, or not from every shard.
     """
-    artifact = await asyncio.to_thread(store.open_artifact, of.version.index, KIND, verify=True, files=(GOLDEN_FILE,))
-    queries = await asyncio.to_thread(read_golden, artifact.folder / GOLDEN_FILE)
+    opening = asyncio.to_thread(artifacts.open_artifact, of.version.index, KIND, verify=True, files=(GOLDEN_FILE,))
+    queries = await asyncio.to_thread(read_golden, (await opening).folder / GOLDEN_FILE)
     found: dict[str, list[float]] = defaultdict(list)
     tasks = {task.name: task for task in served.contract.tasks}
     for task in dict.fromkeys(query.task for query in queries if query.task in tasks):

@@ -11,7 +11,6 @@ import asyncio
 import base64
 import dataclasses
 import json
-import logging
 import platform
 import time
 from collections.abc import Sequence
@@ -24,20 +23,19 @@ from fastapi import FastAPI, HTTPException, Response
 from fastapi.responses import HTMLResponse
 from pydantic import ValidationError
 from ray import serve
-from ray.exceptions import RayActorError
 from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from serve.admission import Admission, Overloaded, query_tokens
-from serve.aliases import Aliases, Served, Table, open_version
+from serve.aliases import Aliases, Served, open_version
+from serve.arguments import ServeArgs
 from serve.asks import FoundAll, Search
 from serve.deployments import Encoder, Shard
-from serve.errors import ERROR_RESPONSES, Late, TooLarge, Uncovered, answer_errors
+from serve.dispatch import Dispatch
+from serve.errors import ERROR_RESPONSES, TooLarge, Uncovered, answer_errors
 from serve.guard import GuardMiddleware, Settings, configure, seen
 from serve.metrics import Metrics
 from serve.playground import HEADERS, PAGE
-from serve.remote import ShardsLostError
 from serve.schema import (
     AliasesResponse,
     AliasRequest,
@@ -57,7 +55,6 @@ from serve.schema import (
     PassageResponse,
     RetrieveRequest,
     RetrieveResponse,
-    ServeArgs,
     ShardCounts,
     Status,
     TasksResponse,
@@ -65,22 +62,15 @@ from serve.schema import (
 )
 from taskspec import __version__
 from taskspec.errors import ConfigError, RequestError, TaskspecError
-from taskspec.model.contract import ContractTask
 from taskspec.retrieve.hits import Hit
 from taskspec.retrieve.retriever import check_request, require_lexical
 
 API_CPUS = 0.25
 """Logical share of a CPU that an HTTP replica reserves: it waits more than it works."""
-MOST_SHADOWS = 4
-"""Requests of one HTTP replica that are asked of two versions at the same time."""
-READY_TIMEOUT_S = 5.0
-"""How long `GET /ready` waits for a query to come back from every shard."""
 KILT_LINES: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/x-ndjson": {}}, "description": "JSON, or JSON lines with format kilt"}
 }
 NO_BATCH = Time(wait_ms=0, embed_ms=0, search_ms=0, total_ms=0, batch_queries=0, cached_queries=0)
-
-logger = logging.getLogger("ray.serve")
 
 app = FastAPI(title="taskspec", description="One dense retriever for many retrieval tasks.", responses=ERROR_RESPONSES)
 answer_errors(app)
@@ -163,10 +153,8 @@ class Api:
     ) -> None:
         self._args, self._aliases, self._encoder = args, aliases, encoder
         self._shard_deployments = shard_deployments
-        self._table: Table | None = None
-        self._following = asyncio.ensure_future(self._follow())
-        self._shadows: set[asyncio.Task[None]] = set()
-        self._admission = Admission(args.limits.tokens_under_way)
+        self._dispatch = Dispatch(args.limits, aliases, encoder)
+        self._following = asyncio.ensure_future(self._dispatch.follow())
         self._known: LRUCache[Any, Known] = LRUCache(args.cached_queries)
         self._metrics = Metrics(serve.get_replica_context().replica_tag)
         configure(Settings(args.keys, args.limits.body_bytes, self._metrics.request))
@@ -177,7 +165,7 @@ class Api:
         began = time.monotonic()
         texts = request.queries
         self._check(request.task, texts, request.timeout_ms, request.top_k)
-        table = self._served()
+        table = self._dispatch.table
         served = table.serving(request.task, texts[0])
         if request.fused:
             require_lexical(served.index.lexical)
@@ -193,7 +181,9 @@ class Api:
         asked = [number for number in range(len(texts)) if number not in answers]
         found = None
         if asked:
-            found = await self._ask(served, request.task, [texts[n] for n in asked], search, request.timeout_ms)
+            found = await self._dispatch.ask(
+                served, request.task, [texts[n] for n in asked], search, request.timeout_ms
+            )
             self._require_covered(served, found, request.allow_partial)
             parts = zip(asked, found.hits, found.truncated, found.complete, strict=True)
             for number, hits, truncated, complete in parts:
@@ -206,7 +196,7 @@ class Api:
             seen().facts["query"] = request.query
         seen().facts["version"] = served.version.id
         if table.shadow and served is table.current:
-            self._start_shadow(table, request.task, texts, search, [one.hits for one in data])
+            self._dispatch.start_shadow(table, request.task, texts, search, [one.hits for one in data])
         if request.format == "kilt":
             return _kilt_lines(request, [one.hits for one in data])
         return RetrieveResponse(
@@ -231,8 +221,8 @@ class Api:
         """The embeddings of one query or several of one task, as /retrieve searches with them."""
         began = time.monotonic()
         self._check(request.task, request.queries, request.timeout_ms)
-        served = self._served().current
-        found = await self._ask(served, request.task, request.queries, None, request.timeout_ms)
+        served = self._dispatch.table.current
+        found = await self._dispatch.ask(served, request.task, request.queries, None, request.timeout_ms)
         self._spent(request.task, found, len(request.queries), 0, began)
         return EmbedResponse(
             model=served.contract.name,
@@ -249,14 +239,14 @@ class Api:
     async def openai_embeddings(self, request: OpenAIRequest) -> OpenAIResponse:
         """The same in the shape of OpenAI's API: `model` is `<name>@<task>`."""
         began = time.monotonic()
-        contract = self._served().current.contract
+        contract = self._dispatch.table.current.contract
         name, _, task = request.model.partition("@")
         tasks = [one.name for one in contract.tasks]
         if name != contract.name or task not in tasks:
             known = ", ".join(f"{contract.name}@{one}" for one in tasks)
             raise RequestError(f"unknown model {request.model!r}; known: {known}", param="model")
         self._check(task, request.queries, None, param="input")
-        found = await self._ask(self._served().current, task, request.queries, None, None)
+        found = await self._dispatch.ask(self._dispatch.table.current, task, request.queries, None, None)
         self._spent(task, found, len(request.queries), 0, began)
         rows: list[list[float] | str] = found.embeddings_BD.tolist()
         if request.encoding_format == "base64":
@@ -271,13 +261,13 @@ class Api:
     @app.get("/tasks")
     async def tasks(self) -> TasksResponse:
         """What may be asked: the tasks of the model."""
-        contract = self._served().current.contract
+        contract = self._dispatch.table.current.contract
         return TasksResponse(model=contract.name, tasks=list(contract.tasks))
 
     @app.get("/info")
     async def info(self) -> InfoResponse:
         """What answers here, and every limit."""
-        served = self._served().current
+        served = self._dispatch.table.current
         index = served.index
         return InfoResponse(
             model=served.contract.name,
@@ -301,7 +291,7 @@ class Api:
     @app.get("/passages/{passage_id}")
     async def passage(self, passage_id: str) -> PassageResponse:
         """The text of a passage, by the id that a hit carries."""
-        found = await self._encoder.passage.remote(self._served().current.version, passage_id)
+        found = await self._encoder.passage.remote(self._dispatch.table.current.version, passage_id)
         if found is None:
             raise HTTPException(404, f"the index has no passage {passage_id!r}")
         return PassageResponse(id=found.pop("passage_id"), **found)
@@ -340,15 +330,7 @@ class Api:
     @app.get("/ready")
     async def ready(self) -> Status:
         """A query comes back from every shard; 503 otherwise."""
-        served = self._served().current
-        try:
-            task = served.contract.tasks[0]
-            found = await self._run(served, task, ["ready"], Search(1, "passage", False), READY_TIMEOUT_S)
-        except (RayActorError, RayServeException, ShardsLostError) as error:
-            raise HTTPException(503, "no retriever answers; ask again, or see the Serve status") from error
-        if found is None or found.failed:
-            missing = "in time" if found is None else f"from shards {sorted(found.failed)}"
-            raise HTTPException(503, f"no answer {missing}; ask again, or see the Serve status")
+        await self._dispatch.require_ready()
         return Status(status="ready")
 
     @app.get("/", include_in_schema=False)
@@ -359,7 +341,7 @@ class Api:
     @app.get("/metrics")
     async def metrics(self) -> Response:
         """What this HTTP replica has counted, for Prometheus."""
-        return Response(self._metrics.text(self._admission.tokens), media_type="text/plain; version=0.0.4")
+        return Response(self._metrics.text(self._dispatch.tokens_under_way), media_type="text/plain; version=0.0.4")
 
     def _check(self, task: str, texts: list[str], timeout_ms: int | None, top_k: int = 1, param: str = "query") -> None:
         """Raises: RequestError for what breaks a rule or a limit."""
@@ -370,38 +352,7 @@ class Api:
             raise RequestError(f"top_k is {top_k} but may be {limits.top_k} at most", param="top_k")
         if timeout_ms is not None and timeout_ms > limits.timeout_ms:
             raise RequestError(f"timeout_ms is {timeout_ms} but may be {limits.timeout_ms} at most", param="timeout_ms")
-        check_request((one.name for one in self._served().current.contract.tasks), task, texts, top_k)
-
-    async def _ask(
-        self, served: Served, task: str, texts: list[str], search: Search | None, timeout_ms: int | None
-    ) -> FoundAll:
-        """Raises: Overloaded, Late, ShardsLostError, and what Serve raises if no encoder can be reached."""
-        (of_task,) = [one for one in served.contract.tasks if one.name == task]
-        timeout_ms = timeout_ms or self._args.limits.timeout_ms
-        with self._admission.admit(query_tokens(texts, of_task.max_query_tokens)):
-            found = await self._run(served, of_task, texts, search, timeout_ms / 1000)
-        if found is None:
-            raise Late(f"no answer within {timeout_ms} ms; ask for fewer queries, or with a longer timeout_ms")
-        return found
-
-    async def _run(
-        self, served: Served, task: ContractTask, texts: list[str], search: Search | None, left_s: float
-    ) -> FoundAll | None:
-        """Asks an encoder; one that dies meanwhile is replaced by another. None if it is too late."""
-        deadline = time.monotonic() + left_s
-        tokens = [query_tokens([text], task.max_query_tokens) for text in texts]
-        for last in (False, True):
-            left_s = deadline - time.monotonic()
-            call = self._encoder.run.remote(served.version, task.name, texts, tokens, search, left_s)
-            try:
-                found: FoundAll | None = await asyncio.wait_for(call, left_s)
-                return found
-            except TimeoutError:
-                return None
-            except RayActorError:
-                if last:
-                    raise
-        raise AssertionError
+        check_request((one.name for one in self._dispatch.table.current.contract.tasks), task, texts, top_k)
 
     def _require_covered(self, served: Served, found: FoundAll, allow_partial: bool) -> None:
         """Raises: Uncovered."""
@@ -442,43 +393,3 @@ class Api:
     def _index(self, served: Served) -> IndexInfo:
         alias = self._args.alias if self._args.aliases else None
         return IndexInfo(alias=alias, version=served.version.id, fingerprint=served.index.fingerprint)
-
-    def _served(self) -> Table:
-        """Raises: HTTPException while the replica has only just started."""
-        if self._table is None:
-            raise HTTPException(503, "the server is starting; ask again")
-        return self._table
-
-    async def _follow(self) -> None:
-        """Keeps the table as `Aliases` has it; while that is started again the last one counts."""
-        while True:
-            try:
-                self._table = await self._aliases.table.remote(self._table)
-            except Exception as error:
-                logger.warning("Aliases does not answer: %s", type(error).__name__)
-                await asyncio.sleep(1)
-
-    def _start_shadow(
-        self, table: Table, task: str, texts: list[str], search: Search, hits: Sequence[Sequence[Hit]]
-    ) -> None:
-        """Asks the candidate the same, unless there is much to do, and tells how far its hits agree."""
-        if len(self._shadows) < MOST_SHADOWS and 2 * self._admission.tokens <= self._args.limits.tokens_under_way:
-            shadow = asyncio.create_task(self._shadow(table, task, texts, search, hits))
-            self._shadows.add(shadow)
-            shadow.add_done_callback(self._shadows.discard)
-
-    async def _shadow(
-        self, table: Table, task: str, texts: list[str], search: Search, hits: Sequence[Sequence[Hit]]
-    ) -> None:
-        candidate = table.candidate
-        assert candidate is not None
-        try:
-            found = await self._ask(candidate, task, texts, search, None)
-        except (Overloaded, Late, ShardsLostError, RayActorError, RayServeException):
-            return  # the answer has been given; nothing is lost but a comparison
-        overlaps = [
-            len({hit.id for hit in old} & {hit.id for hit in new}) / len(old)
-            for old, new in zip(hits, found.hits, strict=True)
-            if old
-        ]
-        await self._aliases.compare.remote(task, candidate.version.id, overlaps)

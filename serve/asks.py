@@ -9,8 +9,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from serve.schema import Version
 from taskspec.retrieve.hits import Hit, Level
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """An index and the checkpoint that it was built from."""
+
+    id: str
+    """Of the index, as answers carry it: the first 12 characters of its artifact's id."""
+    checkpoint: str
+    index: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,11 +24,11 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from serve.aliases import Table
-from serve.asks import Ask, Batch, Embedded, Found, FoundAll, Search
+from serve.arguments import ServeArgs
+from serve.asks import Ask, Batch, Embedded, Found, FoundAll, Search, Version
 from serve.batching import Batcher, LateError
 from serve.remote import RemoteShards
-from serve.schema import ServeArgs, Version
-from taskspec import store
+from taskspec import artifacts
 from taskspec.index.manifest import KIND, LEXICAL_FOLDER, PASSAGES_FILE, IndexManifest
 from taskspec.index.page_ids import PAGE_ID_FILES
 from taskspec.index.shard import Results, load_shard
@@ -113,10 +113,10 @@ class OpenModel:
 
 
 def open_model(version: Version) -> OpenModel:
-    held = store.read_manifest(version.index, KIND)
+    held = artifacts.read_manifest(version.index, KIND)
     lexical = [name for name in held.files if name.startswith(f"{LEXICAL_FOLDER}/")]
     files = (PASSAGES_FILE, *PAGE_ID_FILES, *lexical)
-    artifact = store.open_artifact(version.index, KIND, verify=True, files=files)
+    artifact = artifacts.open_artifact(version.index, KIND, verify=True, files=files)
     manifest = IndexManifest.of(version.index, artifact.manifest)
     return OpenModel(open_encoder(version.checkpoint), Catalog.open(artifact.folder, manifest, version.id))
 
@@ -272,9 +272,9 @@ class Shard:
         await self._versions.start()
 
     def _open(self, version: Version) -> LocalShards:
-        manifest = IndexManifest.of(version.index, store.read_manifest(version.index, KIND))
+        manifest = IndexManifest.of(version.index, artifacts.read_manifest(version.index, KIND))
         own = manifest.shards[self._number :: self._of]
-        artifact = store.open_artifact(version.index, KIND, verify=True, files=[shard.file for shard in own])
+        artifact = artifacts.open_artifact(version.index, KIND, verify=True, files=[shard.file for shard in own])
         return LocalShards([load_shard(artifact.folder / s.file, manifest.kind, s.row_start, s.max_norm) for s in own])
 
     async def run(self, version: Version, left_s: float, method: str, *arguments: Any) -> Results:

@@ -10,8 +10,8 @@ import pyarrow as pa
 import ray.serve
 
 from serve.app import build
-from serve.schema import ServeArgs
-from taskspec import store
+from serve.arguments import ServeArgs
+from taskspec import artifacts
 from taskspec.config import Config, parse_config
 from taskspec.data.rows import RowStore
 from taskspec.index.golden import GOLDEN_FILE, GoldenQuery
@@ -49,7 +49,7 @@ def publish_index(uri: str, contract: Contract, checkpoint: str, *, golden_page:
     titles = [title for title in TITLES for _ in range(2)]
     embeddings_ND = open_encoder(checkpoint).embed_passages(titles, TEXTS)
     facts: dict[str, Any] = {}
-    with store.publishing(uri, KIND, inputs={}, config={}, facts=facts) as folder:
+    with artifacts.publishing(uri, KIND, inputs={}, config={}, facts=facts) as folder:
         files = []
         for row_start, rows in ((0, 5), (5, 7)):
             shard = make_shard("flat", embeddings_ND[row_start : row_start + rows], row_start)

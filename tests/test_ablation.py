@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import BertTokenizer, T5Config, T5EncoderModel
 
-from taskspec import store
+from taskspec import artifacts
 from taskspec.config import Config, parse_config
 from taskspec.data.batches import dev_batches
 from taskspec.data.prepared import KIND, PASSAGE_SCHEMA, QUERY_SCHEMA, PreparedData
@@ -34,7 +34,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     pages = [text for texts in TEXTS.values() for text in texts]
     passages = [(row, f"{row}:0", row, str(row), "", text, 0, 0) for row, text in enumerate(pages)]
     facts = {"queries": {task: {"dev": len(texts)} for task, texts in TEXTS.items()}}
-    with store.publishing(uri, KIND, inputs={}, config={}, facts=facts) as folder:
+    with artifacts.publishing(uri, KIND, inputs={}, config={}, facts=facts) as folder:
         write(folder / "passages" / "0.parquet", passages, PASSAGE_SCHEMA)
         for task, texts in TEXTS.items():
             queries = [(text, text, [[str(row)]], [row], [row]) for row, text in enumerate(pages) if text in texts]

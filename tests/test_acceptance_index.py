@@ -15,7 +15,7 @@ import pytest
 import yaml
 from small_index import publish_model
 
-from taskspec import store
+from taskspec import artifacts
 from taskspec.config import Config, with_values
 from taskspec.data.prepared import PreparedData
 from taskspec.index.manifest import KIND, IndexManifest
@@ -75,7 +75,7 @@ def descendants(pid: int, name: str) -> list[int]:
 
 
 def vectors(index: str) -> np.ndarray:
-    artifact = store.open_artifact(index, KIND, verify=True)
+    artifact = artifacts.open_artifact(index, KIND, verify=True)
     manifest = IndexManifest.of(index, artifact.manifest)
     parts = []
     for shard in manifest.shards:
@@ -89,12 +89,12 @@ def test_a_killed_job_goes_on_with_the_shards_that_are_missing(command: list[str
     whole, broken, log = tmp_path / "whole", tmp_path / "broken", tmp_path / "log"
     with running(command, whole, log) as process:
         assert process.wait(300) == 0, log.read_text()
-    first = Path(f"{broken}-shards/shard-00000/{store.MANIFEST}")
+    first = Path(f"{broken}-shards/shard-00000/{artifacts.MANIFEST}")
     with running(command, broken, log) as process:
         until(first.exists, process, log)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    standing = sorted(path.parent.name for path in Path(f"{broken}-shards").glob(f"shard-*/{store.MANIFEST}"))
+    standing = sorted(path.parent.name for path in Path(f"{broken}-shards").glob(f"shard-*/{artifacts.MANIFEST}"))
     assert 1 <= len(standing) < SHARDS
     before = first.stat().st_mtime_ns
     with running(command, broken, log) as process:
@@ -112,5 +112,5 @@ def test_a_killed_embedding_process_is_replaced(command: list[str], tmp_path: Pa
         (embedding, *_) = descendants(process.pid, "EmbedPassages")
         os.kill(embedding, signal.SIGKILL)
         assert process.wait(300) == 0, log.read_text()
-    manifest = IndexManifest.of(str(out), store.open_artifact(str(out), KIND, verify=True).manifest)
+    manifest = IndexManifest.of(str(out), artifacts.open_artifact(str(out), KIND, verify=True).manifest)
     assert sum(shard.rows for shard in manifest.shards) == manifest.passages == len(vectors(str(out)))

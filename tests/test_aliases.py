@@ -13,9 +13,9 @@ import pytest
 from small_index import GOLDEN, TITLES, best_page, configuration, publish_index, publish_model, serving
 
 from serve.aliases import AliasFile, Table, open_version
+from serve.arguments import ServeArgs
 from serve.errors import Conflict
 from serve.keys import Key
-from serve.schema import ServeArgs
 from taskspec import store
 
 ADMIN, READER = {"x-api-key": "a" * 43}, {"x-api-key": "r" * 43}

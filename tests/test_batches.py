@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from taskspec import store
+from taskspec import artifacts
 from taskspec.config import Config
 from taskspec.data.batches import BatchMaker, GivenNegatives, dev_batches, from_bytes, to_bytes
 from taskspec.data.prepared import PreparedData
@@ -105,7 +105,7 @@ def test_dev_batches_are_fixed_and_split_over_workers(job, tokenizer, tiny_prepa
 
 
 def test_negatives_of_other_prepared_data_or_without_a_task_are_refused(job, tiny_prepared, tmp_path):
-    with store.publishing(str(tmp_path / "n"), "negatives", inputs={"prepared": "0" * 64}, config={}, facts={}):
+    with artifacts.publishing(str(tmp_path / "n"), "negatives", inputs={"prepared": "0" * 64}, config={}, facts={}):
         pass
     with pytest.raises(ArtifactError, match=r"was mined from prepared data 000000000000, this is .*; mine again"):
         GivenNegatives(str(tmp_path / "n"), tiny_prepared, ("nq",))
@@ -127,7 +127,7 @@ def test_negatives_asked_for_and_not_given_are_refused(job, tokenizer, tiny_prep
 def test_a_query_without_given_negatives_gets_random_passages(job, tokenizer, tiny_prepared, tmp_path):
     """Values that come from Arrow are read-only, and an empty slice of them is not copied."""
     queries = len(tiny_prepared.queries("nq", "train"))
-    with store.publishing(
+    with artifacts.publishing(
         str(tmp_path / "n"), "negatives", inputs={"prepared": tiny_prepared.id}, config={}, facts={}
     ) as folder:
         pq.write_table(

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import mine
-from taskspec import store
+from taskspec import artifacts
 from taskspec.config import Config
 from taskspec.data.batches import GivenNegatives
 from taskspec.data.kilt import parse_page_line, parse_query_line
@@ -36,7 +36,7 @@ PAGES = {
 def publish(uri: Path, passages: list[dict[str, Any]], queries: Mapping[str, list[dict[str, Any]]]) -> PreparedData:
     """Prepared data of these rows; all queries are train queries."""
     facts = {"queries": {task: {"train": len(rows)} for task, rows in queries.items()}}
-    with store.publishing(str(uri), KIND, inputs={}, config={}, facts=facts) as folder:
+    with artifacts.publishing(str(uri), KIND, inputs={}, config={}, facts=facts) as folder:
         (folder / "passages").mkdir()
         pq.write_table(pa.Table.from_pylist(passages, schema=PASSAGE_SCHEMA), folder / "passages" / "0.parquet")
         for task, rows in queries.items():
@@ -172,10 +172,10 @@ def test_requests_that_break_a_rule_are_refused(bm25: BM25) -> None:
 
 
 @pytest.fixture
-def mined(prepared: PreparedData, tmp_path: Path) -> Callable[..., tuple[store.Artifact, dict[str, Any]]]:
-    def run(**negatives: int) -> tuple[store.Artifact, dict[str, Any]]:
+def mined(prepared: PreparedData, tmp_path: Path) -> Callable[..., tuple[artifacts.Artifact, dict[str, Any]]]:
+    def run(**negatives: int) -> tuple[artifacts.Artifact, dict[str, Any]]:
         counts = mine_bm25(prepared, config(negatives=negatives), str(tmp_path / "negatives"))
-        return store.open_artifact(str(tmp_path / "negatives"), "negatives", verify=True), counts
+        return artifacts.open_artifact(str(tmp_path / "negatives"), "negatives", verify=True), counts
 
     return run
 

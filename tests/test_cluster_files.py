@@ -17,7 +17,7 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import DeploymentSchema, RayActorOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
 import taskspec
-from serve.schema import ServeArgs
+from serve.arguments import ServeArgs
 from taskspec.config import Config, load_config
 from taskspec.train.launch import needed_cpus
 

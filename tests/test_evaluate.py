@@ -17,7 +17,7 @@ import pytest
 
 from jobs import cli
 from jobs import evaluate as job
-from taskspec import store
+from taskspec import artifacts
 from taskspec.config import Config, load_config, parse_config
 from taskspec.data.prepared import KIND, PASSAGE_SCHEMA, QUERY_SCHEMA, PreparedData
 from taskspec.errors import ConfigError, DataError, StoreError
@@ -76,7 +76,7 @@ def write_prepared(uri: str, queries) -> PreparedData:
     ]
     rows = {page: row for row, page in enumerate(PAGES)}
     facts = {"queries": {task: {"dev": len(records)} for task, records in queries.items()}}
-    with store.publishing(uri, KIND, inputs={}, config={}, facts=facts) as folder:
+    with artifacts.publishing(uri, KIND, inputs={}, config={}, facts=facts) as folder:
         write_parquet(folder / "passages" / "0.parquet", passages, PASSAGE_SCHEMA)
         for task, records in queries.items():
             table = []
@@ -167,7 +167,7 @@ def published(prepared, tmp_path_factory) -> tuple[str, EvaluationTable]:
 def test_an_evaluation_is_an_artifact_with_its_table(published, prepared):
     uri, table = published
     assert EvaluationTable.open(uri) == table
-    manifest = store.read_manifest(uri, "evaluation")
+    manifest = artifacts.read_manifest(uri, "evaluation")
     assert manifest.inputs == {"prepared": prepared.id, "index of words": "abc"}
     assert manifest.facts["average_rprec"] == {"words": 0.5, "no-gold": table.average("no-gold")}
     assert sorted(manifest.files) == sorted(
@@ -526,13 +526,13 @@ def test_a_checkpoint_and_its_index_are_evaluated_beside_bm25(prepared, tmp_path
         == answer["scores"]["single"]["metal"]["Rprec"]
     )
     assert answer["average"]["bm25"]["Rprec"] == 1  # BM25 prefers the shorter of two pages with the query's word
-    assert store.read_manifest(answer["uri"], "evaluation").inputs == {
+    assert artifacts.read_manifest(answer["uri"], "evaluation").inputs == {
         "prepared": prepared.id,
         **{
-            f"checkpoint of {name}": store.read_manifest(checkpoint, "checkpoint").id
+            f"checkpoint of {name}": artifacts.read_manifest(checkpoint, "checkpoint").id
             for name in ("five-words", "single:metal")
         },
-        **{f"index of {name}": store.read_manifest(index, "index").id for name in ("five-words", "single:metal")},
+        **{f"index of {name}": artifacts.read_manifest(index, "index").id for name in ("five-words", "single:metal")},
     }
     assert table.to_text() in capsys.readouterr().out
 

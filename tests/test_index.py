@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import index as job
-from taskspec import store
+from taskspec import artifacts
 from taskspec.config import Config, load_config, with_values
 from taskspec.data.prepared import KIND as PREPARED_KIND
 from taskspec.data.prepared import PASSAGE_SCHEMA, QUERY_SCHEMA, PreparedData
@@ -74,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for row in range(DEV_QUERIES)
     ]
     prepared, facts = str(folder / "prepared"), {"queries": {"nq": {"dev": DEV_QUERIES}}}
-    with store.publishing(prepared, PREPARED_KIND, inputs={}, config={}, facts=facts) as work:
+    with artifacts.publishing(prepared, PREPARED_KIND, inputs={}, config={}, facts=facts) as work:
         (work / "passages").mkdir()
         pq.write_table(pa.Table.from_pylist(rows, schema=PASSAGE_SCHEMA), work / "passages" / "0.parquet")
         (work / "queries/nq/dev").mkdir(parents=True)
@@ -107,7 +107,7 @@ def embeddings(folder: Path) -> np.ndarray:
 
 def stored(index: str) -> np.ndarray:
     """The embeddings in an index's shards, one after the other."""
-    artifact = store.open_artifact(index, KIND, verify=True)
+    artifact = artifacts.open_artifact(index, KIND, verify=True)
     manifest = IndexManifest.of(index, artifact.manifest)
     parts = []
     for shard in manifest.shards:
@@ -127,7 +127,7 @@ def test_the_job_answers_with_what_it_built(folder: Path, built: dict[str, Any])
         "recall": {"nq": 1.0},
         "fingerprint": contract.fingerprint,
     }
-    artifact = store.open_artifact(built["uri"], KIND)
+    artifact = artifacts.open_artifact(built["uri"], KIND)
     manifest = IndexManifest.of(built["uri"], artifact.manifest)
     assert manifest.contract == contract
     assert manifest.prepared == PreparedData.open(str(folder / "prepared")).id == artifact.manifest.inputs["prepared"]
@@ -167,10 +167,10 @@ def test_a_retriever_opens_what_the_job_built(folder: Path, built: dict[str, Any
 def test_an_index_that_stands_is_left_as_it_is(
     folder: Path, config: Config, built: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = (Path(built["uri"]) / store.MANIFEST).read_bytes()
+    before = (Path(built["uri"]) / artifacts.MANIFEST).read_bytes()
     build.build_index(config, str(folder / "checkpoint"), str(folder / "prepared"), built["uri"])
     assert "stands already" in capsys.readouterr().out
-    assert (Path(built["uri"]) / store.MANIFEST).read_bytes() == before
+    assert (Path(built["uri"]) / artifacts.MANIFEST).read_bytes() == before
     assert not Path(f"{built['uri']}-shards").exists()
 
 
@@ -257,7 +257,7 @@ def approximate(folder: Path, config: Config, built: dict[str, Any]) -> tuple[Co
 
 
 def source_of(folder: Path, config: Config) -> build.Source:
-    opened = store.open_artifact(str(folder / "checkpoint"), "checkpoint")
+    opened = artifacts.open_artifact(str(folder / "checkpoint"), "checkpoint")
     contract = Contract.model_validate(opened.manifest.facts["contract"])
     return build.Source(config, opened, contract, PreparedData.open(str(folder / "prepared")))
 

@@ -13,8 +13,8 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 from small_index import TEXTS, TITLES, configuration, publish_index, publish_model, serving
 
+from serve.arguments import ServeArgs
 from serve.keys import Key
-from serve.schema import ServeArgs
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Debian's chromium and chromium-driver")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taskspec import store
+from taskspec import artifacts
 from taskspec.data.rows import RowStore
 from taskspec.errors import ArtifactError, ContractError, RequestError
 from taskspec.index.lexical import Lexical
@@ -215,7 +215,7 @@ def test_requests_that_break_a_rule_are_refused_by_parameter(retriever: Retrieve
 
 def publish(folder: Path, kind: str, facts: dict[str, object]) -> str:
     uri = str(folder / kind)
-    with store.publishing(uri, kind, inputs={}, config={}, facts=facts):
+    with artifacts.publishing(uri, kind, inputs={}, config={}, facts=facts):
         pass
     return uri
 

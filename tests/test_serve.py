@@ -21,16 +21,18 @@ from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from small_index import TEXTS, TITLES, configuration, publish_index, publish_model, serving
 
-from serve.admission import Admission, Overloaded
+from serve.admission import Overloaded
 from serve.aliases import Table, open_version
 from serve.app import Api, Refusal, build
+from serve.arguments import Limits, ServeArgs
 from serve.asks import Batch, FoundAll
+from serve.dispatch import Dispatch
 from serve.errors import Late, Uncovered, answer_errors
 from serve.guard import GuardMiddleware, Seen, note
 from serve.metrics import Metrics
 from serve.remote import ShardsLostError
-from serve.schema import Limits, RetrieveRequest, RetrieveResponse, ServeArgs
-from taskspec import store
+from serve.schema import RetrieveRequest, RetrieveResponse
+from taskspec import artifacts
 from taskspec.index.manifest import KIND
 from taskspec.retrieve.catalog import index_version
 from taskspec.retrieve.hits import Hit
@@ -81,7 +83,7 @@ def test_an_answer_is_the_retriever_s(url: str, folder: Path) -> None:
     ]
     assert [h["score"] for h in data["hits"]] == pytest.approx([h.score for h in expected], rel=1e-5)
     assert (answer["model"], answer["task"]) == ("tiny", "nq")
-    artifact = store.open_artifact(str(folder / "index"), KIND)
+    artifact = artifacts.open_artifact(str(folder / "index"), KIND)
     fingerprint = retriever.contract.fingerprint
     assert answer["index"] == {"alias": None, "version": index_version(artifact.id), "fingerprint": fingerprint}
     assert answer["coverage"] == {"full": True, "shards": {"total": 2, "successful": 2, "failed": 0}}
@@ -316,9 +318,9 @@ def api_of(folder: Path, answer: FoundAll | Exception, **args: Any) -> Any:
     api = object.__new__(Api.func_or_class.__mro__[1])
     api._args = ServeArgs(checkpoint=str(folder / "checkpoint"), index=str(folder / "index"), **args)
     served = open_version(api._args.checkpoint, api._args.index)
-    api._table, api._shard_deployments = Table(1, served), api._args.shard_deployments or len(served.index.shards)
-    api._encoder = Unreachable(answer)
-    api._admission = Admission(api._args.limits.tokens_under_way)
+    api._shard_deployments = api._args.shard_deployments or len(served.index.shards)
+    api._dispatch = Dispatch(api._args.limits, None, Unreachable(answer))
+    api._dispatch._table = Table(1, served)
     api._known = LRUCache(10)
     api._metrics = Metrics("one")
     note(Seen("mine"))
@@ -373,13 +375,13 @@ def test_an_answer_is_kept_unless_it_is_partial(folder: Path) -> None:
         return response
 
     assert ask().time.cached_queries == 0
-    api._encoder = Unreachable(ShardsLostError("nobody is asked"))
+    api._dispatch._encoder = Unreachable(ShardsLostError("nobody is asked"))
     kept = ask()
     assert (kept.time.cached_queries, kept.data[0].hits[0].title, kept.coverage.full) == (1, "Ceres", True)
     for other in ({"top_k": 3}, {"with_text": True}, {"level": "passage"}, {"only_pages": ["0"]}):
         with pytest.raises(ShardsLostError):
             ask(**other)
-    api._encoder = Unreachable(found({1}))
+    api._dispatch._encoder = Unreachable(found({1}))
     assert ask(top_k=5).time.cached_queries == 0
     assert ask(top_k=5).time.cached_queries == 0
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from taskspec import store
+from taskspec import artifacts, store
 from taskspec.errors import ArtifactError, StoreError
 
 
@@ -37,11 +37,11 @@ def s3_calls(s3_bucket, monkeypatch):
 
 
 def publish(uri, kind="letters", facts=None, **files):
-    with store.publishing(uri, kind, inputs={"from": "x"}, config={"seed": 0}, facts=facts or {}) as folder:
+    with artifacts.publishing(uri, kind, inputs={"from": "x"}, config={"seed": 0}, facts=facts or {}) as folder:
         for name, content in files.items():
             (folder / "sub").mkdir(exist_ok=True)
             (folder / "sub" / name).write_bytes(content.encode())
-    return store.open_artifact(uri, kind, verify=True)
+    return artifacts.open_artifact(uri, kind, verify=True)
 
 
 def test_small_files_are_written_whole_and_read_back(root):
@@ -140,9 +140,9 @@ def test_equal_content_has_the_same_id_and_other_content_another(root):
 
 def test_facts_may_be_filled_while_writing(root):
     facts = {}
-    with store.publishing(store.join(root, "x"), "letters", inputs={}, config={}, facts=facts):
+    with artifacts.publishing(store.join(root, "x"), "letters", inputs={}, config={}, facts=facts):
         facts["rows"] = 7
-    assert store.read_manifest(store.join(root, "x"), "letters").facts == {"rows": 7}
+    assert artifacts.read_manifest(store.join(root, "x"), "letters").facts == {"rows": 7}
 
 
 def test_publishing_again_replaces_all_of_what_stood_there(root):
@@ -158,12 +158,12 @@ def test_an_error_while_writing_leaves_what_stood_there(root):
     publish(uri, a="A")
     with pytest.raises(AttributeError):
         publish(uri, a="B", b=None)
-    assert (store.open_artifact(uri, "letters", verify=True).folder / "sub" / "a").read_text() == "A"
+    assert (artifacts.open_artifact(uri, "letters", verify=True).folder / "sub" / "a").read_text() == "A"
     assert len(store.list_files(root)) == 2
 
 
 def test_an_error_while_writing_leaves_nothing_behind(root):
-    with pytest.raises(KeyError), store.publishing(store.join(root, "x"), "k", inputs={}, config={}, facts={}):
+    with pytest.raises(KeyError), artifacts.publishing(store.join(root, "x"), "k", inputs={}, config={}, facts={}):
         raise KeyError
     assert store.list_files(root) == []
 
@@ -172,12 +172,12 @@ def test_a_full_disk_is_an_error_of_the_uri(root):
     uri = store.join(root, "x")
     with (
         pytest.raises(StoreError, match=r"/x: cannot be written: .*No space left"),
-        store.publishing(uri, "letters", inputs={}, config={}, facts={}),
+        artifacts.publishing(uri, "letters", inputs={}, config={}, facts={}),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")
     with (
         pytest.raises(FileNotFoundError, match="elsewhere"),
-        store.publishing(uri, "letters", inputs={}, config={}, facts={}),
+        artifacts.publishing(uri, "letters", inputs={}, config={}, facts={}),
     ):
         raise FileNotFoundError(errno.ENOENT, "no such file", "elsewhere")
 
@@ -187,7 +187,7 @@ def test_what_is_no_artifact_is_not_replaced(root):
     store.write_bytes(store.join(uri, "letter.txt"), b"dear")
     with (
         pytest.raises(StoreError, match=r"/home: stands already and is no artifact; remove it or name another place"),
-        store.publishing(uri, "letters", inputs={}, config={}, facts={}),
+        artifacts.publishing(uri, "letters", inputs={}, config={}, facts={}),
     ):
         pytest.fail("refused before work starts")
     assert store.read_bytes(store.join(uri, "letter.txt")) == b"dear"
@@ -220,41 +220,41 @@ def test_a_broken_upload_is_no_artifact_and_can_be_published_over(s3_bucket, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(store._s3(), "upload_file", broken)
-        with pytest.raises(StoreError, match="broken: cannot be written: connection lost"):
+        with pytest.raises(StoreError, match="broken/sub/a: cannot be written: connection lost"):
             publish(uri, a="A")
     with pytest.raises(ArtifactError, match=r"broken: holds no manifest\.json, so it is no complete letters"):
-        store.open_artifact(uri, "letters")
+        artifacts.open_artifact(uri, "letters")
     assert list(publish(uri, b="B").manifest.files) == ["sub/b"]
 
 
 def test_an_artifact_on_s3_is_fetched_once(s3_bucket):
     uri = store.join(s3_bucket, "fetched")
     folder = publish(uri, a="A").folder
-    store.remove(uri)
+    artifacts.remove(uri)
     assert (folder / "sub" / "a").read_text() == "A"
     assert publish(uri, a="A").folder == folder
 
 
 def test_only_the_files_that_are_needed_are_fetched_and_looked_at(root):
     uri = store.join(root, "parts")
-    with store.publishing(uri, "letters", inputs={}, config={}, facts={}) as folder:
+    with artifacts.publishing(uri, "letters", inputs={}, config={}, facts={}) as folder:
         (folder / "a").write_text("part a")
         (folder / "b").write_text("part b")
     store.write_bytes(store.join(uri, "b"), b"spoiled")
-    opened = store.open_artifact(uri, "letters", verify=True, files=["a"])
+    opened = artifacts.open_artifact(uri, "letters", verify=True, files=["a"])
     assert (opened.folder / "a").read_text() == "part a"
     if store.is_s3(uri):
         assert not (opened.folder / "b").exists()
     with pytest.raises(ArtifactError, match=r"/parts: c is not in the manifest; make the letters again"):
-        store.open_artifact(uri, "letters", files=["c"])
+        artifacts.open_artifact(uri, "letters", files=["c"])
 
 
 def test_artifacts_on_s3_share_what_they_have_in_common(s3_bucket, monkeypatch):
     uris = [store.join(s3_bucket, name) for name in ("first", "second")]
     for uri in uris:
-        with store.publishing(uri, "letters", inputs={}, config={}, facts={"uri": uri}) as folder:
+        with artifacts.publishing(uri, "letters", inputs={}, config={}, facts={"uri": uri}) as folder:
             (folder / "a").write_text("in common")
-    first, second = (store.open_artifact(uri, "letters").folder / "a" for uri in uris)
+    first, second = (artifacts.open_artifact(uri, "letters").folder / "a" for uri in uris)
     assert first != second
     assert first.samefile(second)
 
@@ -263,15 +263,16 @@ def test_an_altered_file_in_the_cache_is_fetched_again(s3_bucket):
     uri = store.join(s3_bucket, "spoiled")
     cached = publish(uri, a="spoiled in the cache").folder / "sub" / "a"
     cached.write_text("something else")
-    assert (store.open_artifact(uri, "letters").folder / "sub" / "a").read_text() == "something else"
-    assert (store.open_artifact(uri, "letters", verify=True).folder / "sub" / "a").read_text() == "spoiled in the cache"
+    assert (artifacts.open_artifact(uri, "letters").folder / "sub" / "a").read_text() == "something else"
+    verified = artifacts.open_artifact(uri, "letters", verify=True)
+    assert (verified.folder / "sub" / "a").read_text() == "spoiled in the cache"
 
 
 def test_removing_takes_everything_below_and_nothing_beside(root):
     publish(store.join(root, "x"), a="A")
     publish(store.join(root, "xy"), a="A")
-    store.remove(store.join(root, "x"))
-    store.remove(store.join(root, "never"))
+    artifacts.remove(store.join(root, "x"))
+    artifacts.remove(store.join(root, "never"))
     assert all("/xy/" in name for name in store.list_files(root))
     assert len(store.list_files(root)) == 2
 
@@ -279,7 +280,7 @@ def test_removing_takes_everything_below_and_nothing_beside(root):
 def test_an_artifact_of_another_kind_is_refused(root):
     publish(store.join(root, "x"))
     with pytest.raises(ArtifactError, match=r"/x: is a letters, but a checkpoint is needed here"):
-        store.open_artifact(store.join(root, "x"), "checkpoint")
+        artifacts.open_artifact(store.join(root, "x"), "checkpoint")
 
 
 def change_manifest(uri, **changes):
@@ -291,33 +292,33 @@ def test_an_artifact_of_another_format_version_is_refused(root):
     publish(store.join(root, "x"))
     change_manifest(store.join(root, "x"), format_version=99)
     with pytest.raises(ArtifactError, match=r"/x: has format version 99, this taskspec reads 1; make it again"):
-        store.open_artifact(store.join(root, "x"), "letters")
+        artifacts.open_artifact(store.join(root, "x"), "letters")
 
 
 def test_a_damaged_manifest_is_refused(root):
     publish(store.join(root, "x"))
     change_manifest(store.join(root, "x"), unknown=1)
     with pytest.raises(ArtifactError, match=r"manifest\.json: is damaged \(.*unknown.*\); make the letters again"):
-        store.open_artifact(store.join(root, "x"), "letters")
+        artifacts.open_artifact(store.join(root, "x"), "letters")
 
 
 def test_a_missing_and_an_altered_file_are_named(tmp_path):
     uri = str(tmp_path / "x")
     publish(uri, a="A", b="B")
     Path(uri, "sub", "a").write_text("C")
-    store.open_artifact(uri, "letters")
+    artifacts.open_artifact(uri, "letters")
     with pytest.raises(ArtifactError, match=r"/x: sub/a is not the file in the manifest \(sha256\)"):
-        store.open_artifact(uri, "letters", verify=True)
+        artifacts.open_artifact(uri, "letters", verify=True)
     Path(uri, "sub", "b").unlink()
     with pytest.raises(ArtifactError, match=r"/x: sub/b is missing; make the letters again"):
-        store.open_artifact(uri, "letters")
+        artifacts.open_artifact(uri, "letters")
 
 
 def test_an_altered_file_on_s3_is_named_and_nothing_is_cached(s3_bucket):
     uri = store.join(s3_bucket, "altered")
-    with store.publishing(uri, "letters", inputs={}, config={}, facts={}) as folder:
+    with artifacts.publishing(uri, "letters", inputs={}, config={}, facts={}) as folder:
         (folder / "a").write_text("only here")
     store.write_bytes(store.join(uri, "a"), b"C")
     for _ in range(2):
         with pytest.raises(ArtifactError, match=r"altered: a is not the file in the manifest \(sha256\); publish it"):
-            store.open_artifact(uri, "letters")
+            artifacts.open_artifact(uri, "letters")

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from head_node import Head, head_node
 
-from taskspec import store
+from taskspec import artifacts
 from taskspec.config import Config
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(600)]
@@ -34,7 +34,7 @@ def test_a_submitted_job_publishes_its_artifact(head: Head, config: Path) -> Non
     assert done.returncode == 0, done.stdout
     uri = str(config.parent / "artifacts" / "prepared")
     assert uri in done.stdout
-    assert store.read_manifest(uri, "prepared-data").id
+    assert artifacts.read_manifest(uri, "prepared-data").id
 
 
 def test_a_job_without_the_token_is_refused(head: Head) -> None:

@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from taskspec import store
+from taskspec import artifacts, store
 from taskspec.config import Config, with_values
 from taskspec.data.prepared import PreparedData
 from taskspec.errors import ArtifactError, ConfigError, DataError, TrainingError
@@ -100,9 +100,9 @@ def test_a_run_keeps_its_last_and_its_best_checkpoint_only(job):
     run = read_run(job.run)
     assert run.finished
     assert run.last == "step-00000008"
-    kept = {name.split("/")[-2] for name in store.list_files(job.run) if name.endswith(store.MANIFEST)}
+    kept = {name.split("/")[-2] for name in store.list_files(job.run) if name.endswith(artifacts.MANIFEST)}
     assert kept == {run.last, run.best}
-    accuracy = store.read_manifest(run.best_uri, "checkpoint").facts["dev_accuracy"]
+    accuracy = artifacts.read_manifest(run.best_uri, "checkpoint").facts["dev_accuracy"]
     assert run.best_accuracy == pytest.approx(sum(accuracy.values()) / len(accuracy))
 
 
@@ -181,7 +181,7 @@ def test_a_run_of_another_configuration_is_refused_by_key(job):
 
 def test_a_run_on_other_prepared_data_is_refused(job, tmp_path):
     run = start_run(job)
-    manifest = store.join(run.last_uri, store.MANIFEST)
+    manifest = store.join(run.last_uri, artifacts.MANIFEST)
     ours = PreparedData.open(job.prepared).id
     store.write_bytes(manifest, store.read_bytes(manifest).replace(ours.encode(), b"0" * len(ours)))
     with pytest.raises(TrainingError, match="was trained on other prepared"):

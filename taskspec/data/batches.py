@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from taskspec import store
+from taskspec import artifacts
 from taskspec.data.plan import Plan, worker_slice
 from taskspec.data.prepared import PreparedData
 from taskspec.data.rows import RowStore
@@ -90,7 +90,7 @@ class GivenNegatives:
     """
 
     def __init__(self, uri: str, prepared: PreparedData, tasks: Sequence[str]) -> None:
-        artifact = store.open_artifact(uri, "negatives")
+        artifact = artifacts.open_artifact(uri, "negatives")
         made_from = artifact.manifest.inputs.get("prepared")
         if made_from != prepared.id:
             raise ArtifactError(

@@ -14,7 +14,7 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from taskspec import cluster, store
+from taskspec import artifacts, cluster
 from taskspec.config import Config
 from taskspec.data.preparation import Preparation, PrepareSummary
 from taskspec.data.prepared import KIND, PAGE_SCHEMA, PASSAGE_SCHEMA, QUERY_SCHEMA
@@ -37,7 +37,7 @@ def prepare(config: Config, uri: str) -> PrepareSummary:
     limit, left_behind = config.data.max_bad_fraction, f"{uri.rstrip('/')}-quarantine"
     with (
         tempfile.TemporaryDirectory(prefix="taskspec-prepare-") as scratch,
-        store.publishing(uri, KIND, inputs=inputs, config=config.model_dump(mode="json"), facts=facts) as folder,
+        artifacts.publishing(uri, KIND, inputs=inputs, config=config.model_dump(mode="json"), facts=facts) as folder,
     ):
         preparation = Preparation(config, files, Path(scratch), folder / "quarantine")
         preparation.read_task_files()

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from taskspec import store
+from taskspec import artifacts
 from taskspec.data.rows import RowStore
 from taskspec.errors import DataError
 
@@ -65,13 +65,13 @@ class PreparedData:
     The first use of a table on a node converts it under the node's cache folder. Pickles as its URI.
     """
 
-    def __init__(self, artifact: store.Artifact) -> None:
+    def __init__(self, artifact: artifacts.Artifact) -> None:
         self.artifact = artifact
 
     @classmethod
     def open(cls, uri: str) -> PreparedData:
         """Raises: ArtifactError if there is no complete prepared data at `uri`."""
-        return cls(store.open_artifact(uri, KIND))
+        return cls(artifacts.open_artifact(uri, KIND))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PreparedData.open, (self.artifact.uri,)
@@ -109,7 +109,7 @@ class PreparedData:
         return self._rows(f"queries/{task}/{split}")
 
     def _rows(self, table: str) -> RowStore:
-        path = store.cache_folder() / "rows" / self.id / f"{table}.arrow"
+        path = artifacts.cache_folder() / "rows" / self.id / f"{table}.arrow"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(f"{path}.lock", "w") as lock:

@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from taskspec import store
+from taskspec import artifacts, store
 from taskspec.config import Config
 from taskspec.errors import ConfigError, DataError
 from taskspec.evaluate.metrics import RPREC, average, query_metrics
@@ -120,7 +120,7 @@ class EvaluationTable:
     @staticmethod
     def open(uri: str) -> EvaluationTable:
         """The table of an evaluation artifact. Raises: ArtifactError."""
-        store.read_manifest(uri, KIND)
+        artifacts.read_manifest(uri, KIND)
         return EvaluationTable.from_json(json.loads(store.read_bytes(store.join(uri, TABLE_FILE))))
 
 
@@ -240,7 +240,7 @@ def publish_evaluation(
     rows: list[TaskScores] = []
     all_inputs = {"prepared": prepared.id, **inputs}
     config_tree = config.model_dump(mode="json")
-    with store.publishing(uri, KIND, inputs=all_inputs, config=config_tree, facts=facts) as folder:
+    with artifacts.publishing(uri, KIND, inputs=all_inputs, config=config_tree, facts=facts) as folder:
         for system, searcher in systems.items():
             started = time.perf_counter()
             scores = evaluate(searcher, prepared, tasks, config.evaluate, system=system, folder=folder)

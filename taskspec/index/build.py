@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from taskspec import cluster, store
+from taskspec import artifacts, cluster, store
 from taskspec.config import Config
 from taskspec.data.prepared import PreparedData
 from taskspec.data.rows import RowStore
@@ -59,7 +59,7 @@ class Source:
     """What an index is built from."""
 
     config: Config
-    checkpoint: store.Artifact
+    checkpoint: artifacts.Artifact
     contract: Contract
     prepared: PreparedData
 
@@ -102,10 +102,10 @@ class PlannedShard:
             "rows": self.rows,
         }
 
-    def finished(self, source: Source) -> store.Artifact | None:
+    def finished(self, source: Source) -> artifacts.Artifact | None:
         """The shard, if it has been published whole from the same source."""
         try:
-            artifact = store.open_artifact(self.uri, SHARD_KIND, verify=True)
+            artifact = artifacts.open_artifact(self.uri, SHARD_KIND, verify=True)
         except ArtifactError:
             return None
         return artifact if self.key(source).items() <= artifact.manifest.facts.items() else None
@@ -132,7 +132,7 @@ def build_index(config: Config, checkpoint: str, prepared: str, out: str) -> Ind
     An index of the same contract, passages and shards that stands there is left as it is.
     Raises: ArtifactError, ConfigError, PlacementError, RecallError, StoreError.
     """
-    opened = store.open_artifact(checkpoint, checkpoints.KIND, verify=True)  # fails here rather than in an actor
+    opened = artifacts.open_artifact(checkpoint, checkpoints.KIND, verify=True)  # fails here rather than in an actor
     contract = Contract.model_validate(opened.manifest.facts["contract"])
     source = Source(config, opened, contract, PreparedData.open(prepared))
     passages = len(source.prepared.passages)
@@ -150,7 +150,7 @@ def build_index(config: Config, checkpoint: str, prepared: str, out: str) -> Ind
     if missing:
         _build_shards(source, missing)
     manifest = _publish(out, source, plan)
-    store.remove(_shards_folder(out))
+    artifacts.remove(_shards_folder(out))
     shards = "1 shard" if len(plan) == 1 else f"{len(plan)} shards"
     print(f"index: {passages:,} passages in {shards}, {time.monotonic() - started:.0f} s, {out}", flush=True)
     return manifest
@@ -159,7 +159,7 @@ def build_index(config: Config, checkpoint: str, prepared: str, out: str) -> Ind
 def _standing_index(out: str, source: Source, plan: Sequence[PlannedShard]) -> IndexManifest | None:
     try:
         # Opening one on S3 would fetch all of it; locally it finds a file that was removed.
-        stored = store.read_manifest(out, KIND) if store.is_s3(out) else store.open_artifact(out, KIND).manifest
+        stored = artifacts.read_manifest(out, KIND) if store.is_s3(out) else artifacts.open_artifact(out, KIND).manifest
         manifest = IndexManifest.of(out, stored)
     except ArtifactError:
         return None
@@ -213,7 +213,7 @@ def publish_shard(source: Source, planned: PlannedShard, embeddings_ND: np.ndarr
     shard = make_shard(index.kind, embeddings_ND, planned.row_start)
     facts = planned.key(source) | {"max_norm": shard.max_norm}
     tree = source.config.model_dump(mode="json")
-    with store.publishing(planned.uri, SHARD_KIND, inputs=source.inputs, config=tree, facts=facts) as folder:
+    with artifacts.publishing(planned.uri, SHARD_KIND, inputs=source.inputs, config=tree, facts=facts) as folder:
         shard.save(folder / SHARD_FILE)
         written = load_shard(folder / SHARD_FILE, index.kind, planned.row_start, shard.max_norm)
         require_own_rows(written, embeddings_ND, planned.uri)
@@ -286,7 +286,7 @@ def measure_recall(source: Source, plan: Sequence[PlannedShard]) -> MeasuredReca
     index = source.config.index
     shards, parts = [], []
     for planned in plan:
-        artifact = store.open_artifact(planned.uri, SHARD_KIND)
+        artifact = artifacts.open_artifact(planned.uri, SHARD_KIND)
         max_norm = artifact.manifest.facts["max_norm"]
         shards.append(load_shard(artifact.folder / SHARD_FILE, index.kind, planned.row_start, max_norm))
         parts.append(np.load(artifact.folder / EXACT_FILE))
@@ -325,11 +325,11 @@ def _publish(out: str, source: Source, plan: Sequence[PlannedShard]) -> IndexMan
     recall = measure_recall(source, plan)
     facts: dict[str, object] = {}
     tree = source.config.model_dump(mode="json")
-    with store.publishing(out, KIND, inputs=source.inputs, config=tree, facts=facts) as folder:
+    with artifacts.publishing(out, KIND, inputs=source.inputs, config=tree, facts=facts) as folder:
         (folder / "shards").mkdir()
         files = []
         for number, planned in enumerate(plan):
-            artifact = store.open_artifact(planned.uri, SHARD_KIND)
+            artifact = artifacts.open_artifact(planned.uri, SHARD_KIND)
             name = f"shards/{number:05d}.faiss"
             _place(artifact.folder / SHARD_FILE, folder / name)
             files.append(

@@ -10,7 +10,7 @@ from typing import Self
 
 from pydantic import ValidationError
 
-from taskspec import store
+from taskspec import artifacts
 from taskspec.errors import ArtifactError
 from taskspec.index.recall import MeasuredRecall
 from taskspec.model.contract import Contract
@@ -59,7 +59,7 @@ class IndexManifest(Section):
     """Dev queries per task that recall was to be measured with; a task may have fewer."""
 
     @classmethod
-    def of(cls, uri: str, manifest: store.Manifest) -> Self:
+    def of(cls, uri: str, manifest: artifacts.Manifest) -> Self:
         """Raises: ArtifactError naming the fact that is not as it should be."""
         try:
             return cls.model_validate(manifest.facts)

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from taskspec import store
+from taskspec import artifacts
 from taskspec.config import Config
 from taskspec.data.prepared import PreparedData
 from taskspec.data.rows import RowStore
@@ -103,7 +103,7 @@ def mine_bm25(prepared: PreparedData, config: Config, uri: str) -> dict[str, Tas
     counts: dict[str, TaskCounts] = {}
     facts: dict[str, Any] = {"rule": RULE, "depth": config.negatives.depth, "k1": K1, "b": B}
     inputs = {"prepared": prepared.id}
-    with store.publishing(uri, KIND, inputs=inputs, config=config.model_dump(mode="json"), facts=facts) as folder:
+    with artifacts.publishing(uri, KIND, inputs=inputs, config=config.model_dump(mode="json"), facts=facts) as folder:
         for task in prepared.tasks("train"):
             counts[task] = _mine_task(searcher, prepared, task, config, folder / f"{task}.parquet")
         facts["tasks"] = {task: asdict(count) for task, count in counts.items()}

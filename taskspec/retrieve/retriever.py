@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from taskspec import store
+from taskspec import artifacts
 from taskspec.errors import RequestError
 from taskspec.index.manifest import KIND, IndexManifest
 from taskspec.model.contract import Contract, ContractTask
@@ -84,7 +84,7 @@ class Retriever:
         """
         from taskspec.train.checkpoint import open_encoder, read_contract
 
-        artifact = store.open_artifact(index, KIND)
+        artifact = artifacts.open_artifact(index, KIND)
         manifest = IndexManifest.of(index, artifact.manifest)
         manifest.require_built_by(read_contract(checkpoint), checkpoint, index)
         catalog = Catalog.open(artifact.folder, manifest, index_version(artifact.id))

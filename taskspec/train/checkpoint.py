@@ -19,7 +19,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from taskspec import store
+from taskspec import artifacts, store
 from taskspec.config import Config, canonical_sha256, parse_config
 from taskspec.errors import TrainingError
 from taskspec.model.contract import Contract
@@ -48,7 +48,7 @@ def publish_checkpoint(
 ) -> Contract:
     """Writes one checkpoint. Args: inputs: ids of prepared data and negatives. Returns: its contract."""
     facts: dict[str, Any] = {"step": step, "dev_accuracy": dict(dev_accuracy)}
-    with store.publishing(uri, KIND, inputs=inputs, config=config.model_dump(mode="json"), facts=facts) as folder:
+    with artifacts.publishing(uri, KIND, inputs=inputs, config=config.model_dump(mode="json"), facts=facts) as folder:
         trains = {f"{ADAPTER}{name}": value for name, value in adapters(encoder).items()} if _has_lora(encoder) else {}
         contract = save_encoder(config, merged(encoder) if trains else encoder, tokenizer, folder)
         tensors = {name: value.detach().cpu().contiguous() for name, value in {**state, **trains}.items()}
@@ -64,12 +64,12 @@ def _has_lora(encoder: Encoder) -> bool:
 
 def read_contract(uri: str) -> Contract:
     """The contract of a checkpoint, without loading the model."""
-    return Contract.model_validate(store.read_manifest(uri, KIND).facts["contract"])
+    return Contract.model_validate(artifacts.read_manifest(uri, KIND).facts["contract"])
 
 
 def open_encoder(uri: str, device: str = "cpu") -> TextEncoder:
     """A checkpoint's encoder, ready to embed. Raises: ArtifactError if the checkpoint is incomplete or altered."""
-    artifact = store.open_artifact(uri, KIND, verify=True)
+    artifact = artifacts.open_artifact(uri, KIND, verify=True)
     config = parse_config(artifact.manifest.config, uri)
     encoder, tokenizer = load_encoder(config.model, artifact.folder)
     return TextEncoder(encoder, tokenizer, Contract.model_validate(artifact.manifest.facts["contract"]), device)
@@ -87,7 +87,7 @@ class TrainingState:
 
 def open_training(uri: str, config: Config) -> TrainingState:
     """Opens a checkpoint to resume. Raises: TrainingError if it was trained under another configuration."""
-    artifact = store.open_artifact(uri, KIND, verify=True)
+    artifact = artifacts.open_artifact(uri, KIND, verify=True)
     theirs = parse_config(artifact.manifest.config, uri)
     changed = _differences(theirs, config)
     if changed:
@@ -100,7 +100,7 @@ def open_training(uri: str, config: Config) -> TrainingState:
     if config.model.lora is None:
         encoder, tokenizer = load_encoder(config.model, artifact.folder)
     else:
-        base = store.open_artifact(store.join(uri.rstrip("/").rpartition("/")[0], BASE), KIND, verify=True)
+        base = artifacts.open_artifact(store.join(uri.rstrip("/").rpartition("/")[0], BASE), KIND, verify=True)
         encoder, tokenizer = load_encoder(config.model, base.folder)
         add_lora(encoder, config.model.lora, config.seed)
         if trained:
@@ -114,7 +114,7 @@ def open_start(uri: str, config: Config) -> TrainingState:
     The optimizer, the schedule and the warm-up begin anew.
     Raises: TrainingError if it makes its embeddings in another way.
     """
-    artifact = store.open_artifact(uri, KIND, verify=True)
+    artifact = artifacts.open_artifact(uri, KIND, verify=True)
     contract = Contract.model_validate(artifact.manifest.facts["contract"])
     for name in ("pooling", "similarity"):
         theirs, mine = getattr(contract, name), getattr(config.model, name)
@@ -216,7 +216,7 @@ def add_to_run(run: Run | None, uri: str, folder: str, accuracy: float | None, *
     new = Run(uri, folder, best, best_accuracy, finished)
     write_run(new)
     for old in {run.last, run.best} - {new.last, new.best} if run else ():
-        store.remove(store.join(uri, old))
+        artifacts.remove(store.join(uri, old))
     return new
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from taskspec import cluster, store
+from taskspec import artifacts, cluster, store
 from taskspec.config import Config, with_values
 from taskspec.data.batches import StepBatches
 from taskspec.data.prepared import PreparedData
@@ -46,7 +46,7 @@ def start_run(job: TrainJob) -> Run:
     """
     prepared = PreparedData.open(job.prepared)
     plan = make_plan(job.config, prepared)
-    encoder_from = encoder_id(job.config) if job.start is None else store.read_manifest(job.start, "checkpoint").id
+    encoder_from = encoder_id(job.config) if job.start is None else artifacts.read_manifest(job.start, "checkpoint").id
     inputs = {"prepared": prepared.id, "encoder": encoder_from}
     if job.config.contrastive.negatives:
         if job.negatives is None:
@@ -54,11 +54,11 @@ def start_run(job: TrainJob) -> Run:
                 f"contrastive.negatives is {job.config.contrastive.negatives} but no negatives are given; "
                 f"mine them with python -m jobs.mine, or set contrastive.negatives=0"
             )
-        inputs["negatives"] = store.read_manifest(job.negatives, "negatives").id
+        inputs["negatives"] = artifacts.read_manifest(job.negatives, "negatives").id
     run = read_run(job.run)
     tokenizer: Any
     if run is not None:
-        theirs = store.read_manifest(run.last_uri, "checkpoint").inputs
+        theirs = artifacts.read_manifest(run.last_uri, "checkpoint").inputs
         for name, value in inputs.items():
             if theirs.get(name) != value:
                 raise TrainingError(
@@ -162,13 +162,13 @@ def plan(job: TrainJob) -> TrainingPlan:
         run=f"{job.run.rstrip('/')}-plan",
         config=with_values(config, {f"train.{name}": value for name, value in values.items()}),
     )
-    store.remove(tried.run)  # what a plan that was killed left
+    artifacts.remove(tried.run)  # what a plan that was killed left
     try:
         start_run(tried)
         fit(tried)
         planned = measured(planned, read_metrics(tried.run))
     finally:
-        store.remove(tried.run)
+        artifacts.remove(tried.run)
     write_plan(job.run, planned)
     print(planned.to_text(available), flush=True)
     return planned
@@ -218,7 +218,7 @@ def fit(job: TrainJob, batches: Batches = stream_batches) -> None:
     except SystemExit as error:  # Ray Train's own handler of Ctrl-C
         raise KeyboardInterrupt from error
     finally:
-        store.remove(storage)
+        artifacts.remove(storage)
 
 
 def _translate(error: Exception) -> TaskspecError:

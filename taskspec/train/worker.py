@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from taskspec import store
+from taskspec import artifacts, store
 from taskspec.config import Config
 from taskspec.data.batches import BatchMaker, GivenNegatives, StepBatches, dev_batches
 from taskspec.data.plan import Plan, queries_per_task
@@ -115,7 +115,7 @@ def train_worker(
     run = read_run(job.run)
     assert run is not None  # launch publishes the first checkpoint before any worker starts
     resumed = open_training(run.last_uri, config)
-    inputs = dict(store.read_manifest(run.last_uri, "checkpoint").inputs)
+    inputs = dict(artifacts.read_manifest(run.last_uri, "checkpoint").inputs)
     prepared = PreparedData.open(job.prepared)
     plan = make_plan(config, prepared)
     rank, workers = Collectives().rank, Collectives().workers

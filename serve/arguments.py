@@ -1,0 +1,61 @@
+"""What builds the server, and its limits.
+
+Path: `serve run serve.app:build name=value …` → [here] → app, deployments.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from serve.keys import Key
+from taskspec.sections import Section
+
+
+class Limits(Section):
+    """What a request may ask for, and what a replica takes on. `GET /info` shows it."""
+
+    body_bytes: int = Field(4_000_000, ge=1000)
+    """Longest body of a request."""
+    queries: int = Field(1000, ge=1)
+    """Most queries that one request may hold."""
+    top_k: int = Field(1000, ge=1)
+    """Most hits per query."""
+    chosen_pages: int = Field(10_000, ge=1)
+    """Most pages in `only_pages` and `without_pages` together."""
+    timeout_ms: int = Field(30_000, ge=1)
+    """Longest time that a request may ask for, and what it gets if it does not ask."""
+    tokens_under_way: int = Field(100_000, ge=1)
+    """Query tokens, about, that one HTTP replica has under way; what would be more is refused with 429."""
+
+
+class ServeArgs(Section):
+    """What `serve run serve.app:build name=value …` takes."""
+
+    checkpoint: str
+    """URI that jobs.train printed."""
+    index: str
+    """URI that jobs.index printed for this checkpoint."""
+    aliases: str | None = None
+    """Folder, local or s3://, whose `<alias>.json` says which version is served; where it does not stand yet, the one
+    above is written into it. By it versions are changed while serving (`PUT /aliases/{name}`). None: the one above."""
+    alias: str = Field("live", pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    """The alias that is served."""
+    keys: tuple[Key, ...] = ()
+    """Who may ask, by the hash of a key (`python -m serve.keys NAME`); none: anybody."""
+    limits: Limits = Limits()
+    batch_tokens: int = Field(4096, ge=1)
+    """Tokens, about, of the queries that are embedded together."""
+    cached_queries: int = Field(10_000, ge=0)
+    """Answers that each HTTP replica keeps; 0 keeps none."""
+    min_coverage: float = Field(0.5, ge=0, le=1)
+    """Share of the shards without which even a request with allow_partial is refused."""
+    shard_deployments: int | None = Field(None, ge=1)
+    """None is one for each shard of the index."""
+    shard_cpus: float = Field(0.1, gt=0)
+    """Logical CPUs that a shard's replica reserves: little by default, so that any laptop can serve."""
+    threads: int | None = Field(None, ge=1)
+    """Threads of one encoder replica; None is every core of its node."""
+    shard_threads: int | None = Field(None, ge=1)
+    """Threads of one shard replica; None is every core of its node."""
+    log_queries: bool = False
+    """Whether the log of requests holds their queries."""

@@ -1,0 +1,237 @@
+"""Artifacts: folders that are there whole or not at all, each with a manifest of what it is and came from.
+
+Path: store → [here] → every job.  An artifact is a folder whose `manifest.json` is written last. It is prepared in a
+local temporary folder and published whole: by rename on a file system, with the manifest as the last object on S3.
+"""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from taskspec import store
+from taskspec.config import canonical_sha256
+from taskspec.errors import ArtifactError, StoreError
+
+MANIFEST = "manifest.json"
+_MARKER = ".publishing"
+"""Object that stands in a prefix on S3 while an artifact is written there."""
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What an artifact is, what it came from and what it holds."""
+
+    kind: str
+    """prepared-data, negatives, checkpoint, index-shard, index, evaluation."""
+    format_version: int
+    created: str
+    """UTC, ISO 8601."""
+    inputs: Mapping[str, str]
+    """Name → id of each artifact (or sha256 of each file) that it was made from."""
+    config: Mapping[str, Any]
+    """The resolved configuration."""
+    files: Mapping[str, str]
+    """Relative path → sha256."""
+    facts: Mapping[str, Any]
+    """What the kind adds: counts, contract, measured figures."""
+
+    @property
+    def id(self) -> str:
+        """sha256 (hex) over kind, inputs, files and facts: equal content has the same id, whenever it was made."""
+        return canonical_sha256([self.kind, self.format_version, self.inputs, self.files, self.facts])
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An opened artifact: where it is, its manifest, and a local folder with its files."""
+
+    uri: str
+    manifest: Manifest
+    folder: Path
+
+    @property
+    def id(self) -> str:
+        return self.manifest.id
+
+
+@contextmanager
+def publishing(
+    uri: str,
+    kind: str,
+    *,
+    inputs: Mapping[str, str],
+    config: Mapping[str, Any],
+    facts: dict[str, Any],
+) -> Iterator[Path]:
+    """Gives a local folder to write into; on leaving without an error the folder becomes the artifact at `uri`.
+
+    `facts` is read on leaving, so the writer may fill it. An error inside leaves nothing behind. An artifact that stood
+    at `uri` before is replaced: on a file system once the new one is complete, on S3 it goes when uploading begins.
+    Raises: StoreError when the disk is full, or when something that is no artifact stands at `uri`.
+    """
+    _require_replaceable(uri)
+    parent = None if store.is_s3(uri) else Path(uri).absolute().parent
+    with store.named(uri, "written"):
+        if parent is not None:
+            parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".publishing-", dir=parent))
+    try:
+        try:
+            yield work
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StoreError(f"{uri}: cannot be written: {error}") from error
+            raise
+        _require_replaceable(uri)
+        with store.named(uri, "written"):
+            names = sorted(str(path.relative_to(work)) for path in work.rglob("*") if path.is_file())
+            manifest = Manifest(
+                kind=kind,
+                format_version=FORMAT_VERSION,
+                created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                inputs=dict(inputs),
+                config=dict(config),
+                files={name: store.file_sha256(work / name) for name in names},
+                facts=facts,
+            )
+            text = json.dumps(vars(manifest), indent=1, ensure_ascii=False)
+            (work / MANIFEST).write_text(text, encoding="utf-8")
+            if store.is_s3(uri):
+                _upload(work, uri, names)
+            else:
+                os.chmod(work, 0o755)
+                old = work.with_name(f"{work.name}-old")
+                with suppress(FileNotFoundError):
+                    os.rename(uri, old)
+                os.rename(work, uri)
+                shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _require_replaceable(uri: str) -> None:
+    """Guards a folder that is no artifact, a home folder say, from being replaced by one."""
+    if not any(store.exists(store.join(uri, name)) for name in (MANIFEST, _MARKER)) and not store.is_empty(uri):
+        raise StoreError(f"{uri}: stands already and is no artifact; remove it or name another place")
+
+
+def _upload(work: Path, uri: str, names: list[str]) -> None:
+    """Puts an artifact on S3, its manifest last; the marker lets the next try replace a broken one."""
+    store.write_bytes(store.join(uri, _MARKER), b"")
+    stale = store.list_files(uri)
+    if store.join(uri, MANIFEST) in stale:
+        store.delete(store.join(uri, MANIFEST))
+    current = [store.join(uri, name) for name in [*names, MANIFEST]]
+    for name, target in zip([*names, MANIFEST], current, strict=True):
+        store.upload(work / name, target)
+    for old in set(stale).difference(current):
+        store.delete(old)
+
+
+def remove(uri: str) -> None:
+    """Removes a folder with all that is in it, its manifest first: a half-removed artifact is none."""
+    if store.is_s3(uri):
+        for name in sorted(store.list_files(uri), key=lambda name: not name.endswith("/" + MANIFEST)):
+            store.delete(name)
+        return
+    with store.named(uri, "removed"):
+        if Path(uri).exists():
+            (Path(uri) / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(uri)
+
+
+def read_manifest(uri: str, kind: str) -> Manifest:
+    """The manifest of an artifact of that kind. Raises: ArtifactError naming what is wrong and the way out."""
+    name = store.join(uri, MANIFEST)
+    if not store.exists(name):
+        if not store.list_files(uri):
+            raise ArtifactError(f"{uri}: does not exist, or is empty; needed here: {kind}")
+        raise ArtifactError(f"{uri}: holds no {MANIFEST}, so it is no complete {kind}; make it again")
+    try:
+        manifest = Manifest(**json.loads(store.read_bytes(name)))
+    except (ValueError, TypeError) as error:
+        raise ArtifactError(f"{name}: is damaged ({error}); make the {kind} again") from error
+    if manifest.kind != kind:
+        raise ArtifactError(f"{uri}: is a {manifest.kind}, but a {kind} is needed here")
+    if manifest.format_version != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{uri}: has format version {manifest.format_version}, this taskspec reads {FORMAT_VERSION}; make it again"
+        )
+    return manifest
+
+
+def open_artifact(uri: str, kind: str, *, verify: bool = False, files: Iterable[str] | None = None) -> Artifact:
+    """Opens an artifact of that kind; files on S3 are fetched once into a cache of this node, keyed by their sha256.
+
+    Args: verify: compare the sha256 of every file, whole or in the cache (a file just fetched always is compared).
+        files: only these are needed here; None is all.
+    Raises: ArtifactError naming the missing, truncated or altered file.
+    """
+    manifest = read_manifest(uri, kind)
+    try:
+        needed = manifest.files if files is None else {name: manifest.files[name] for name in files}
+    except KeyError as error:
+        raise ArtifactError(f"{uri}: {error.args[0]} is not in the manifest; make the {kind} again") from error
+    if store.is_s3(uri):
+        return Artifact(uri, manifest, _fetch(uri, manifest, needed, verify))
+    for name, sha256 in needed.items():
+        path = Path(uri) / name
+        if not path.is_file():
+            raise ArtifactError(f"{uri}: {name} is missing; make the {kind} again")
+        if verify and store.file_sha256(path) != sha256:
+            raise ArtifactError(f"{uri}: {name} is not the file in the manifest (sha256); make the {kind} again")
+    return Artifact(uri, manifest, Path(uri))
+
+
+def cache_folder() -> Path:
+    """This node's cache: $TASKSPEC_CACHE, else ~/.cache/taskspec."""
+    return Path(os.environ.get("TASKSPEC_CACHE") or Path.home() / ".cache" / "taskspec")
+
+
+def _fetch(uri: str, manifest: Manifest, files: Mapping[str, str], verify: bool) -> Path:
+    """Puts files of an artifact on S3 into the cache. Returns: a folder in which they have their names."""
+    folder = cache_folder() / "artifacts" / manifest.id
+    for name, sha256 in files.items():
+        content = _cached(store.join(uri, name), sha256, verify, f"{uri}: {name}")
+        named = folder / name
+        if not (named.exists() and named.samefile(content)):
+            named.parent.mkdir(parents=True, exist_ok=True)
+            temporary = named.with_name(f".{named.name}.{uuid.uuid4().hex}")
+            os.link(content, temporary)
+            os.replace(temporary, named)
+    return folder
+
+
+def _cached(uri: str, sha256: str, verify: bool, what: str) -> Path:
+    """The cached content of a file; artifacts that share it, such as two versions of an index, fetch it once.
+
+    A cached file that has been altered is fetched again.
+    """
+    content = cache_folder() / "files" / sha256
+    content.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{content}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several processes of a node want the same file at the same time
+        if content.exists() and not (verify and store.file_sha256(content) != sha256):
+            return content
+        temporary = content.with_name(f".{sha256}.{uuid.uuid4().hex}")
+        try:
+            store.download(uri, temporary)
+            if store.file_sha256(temporary) != sha256:
+                raise ArtifactError(f"{what} is not the file in the manifest (sha256); publish it again")
+            os.replace(temporary, content)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return content
