@@ -2,7 +2,7 @@
 
     python benchmarks/step.py                        # step time, small and medium, 2 workers
     python benchmarks/step.py memory                 # peak memory of each way, in processes of its own
-    python benchmarks/step.py wire                   # bytes on the wire, 8 workers
+    python benchmarks/step.py wire --workers 8       # bytes on the wire
     python benchmarks/step.py growth                 # step time with 16 tasks over that with 2, equal total queries
 
 One run holds all ways and takes a step of each in turn, so what else the machine does meets all alike; ratios are those
@@ -17,7 +17,8 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,7 +171,7 @@ class Plain:
         else:
             scale = self.collectives.workers / len(batches)
             for batch in batches[:-1]:
-                with self.model.no_sync():
+                with self.model.no_sync() if self.collectives.workers > 1 else nullcontext():
                     (self.model(batch)[0] * scale).backward()
             (self.model(batches[-1])[0] * scale).backward()
         self.collectives.count_all_reduce(4 * sum(p.numel() for p in self.parameters))
@@ -230,37 +231,47 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def work(rank: int, workers: int, folder: str, setting: Setting, ways: Sequence[str]) -> None:
-    """One process: takes steps of all ways in turn. Saves seconds by way and step, bytes sent a step, peak memory."""
+Run = tuple[str, Setting]
+"""A way to take a step, and of what."""
+
+
+def work(rank: int, workers: int, folder: str, steps: int, runs: Mapping[str, Run]) -> None:
+    """One process: takes a step of each run in turn. Saves seconds by run and step, bytes sent a step, peak memory."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=workers)
-    made = {way: make_step(way, setting, Collectives()) for way in ways}
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    made = {name: make_step(way, setting, Collectives()) for name, (way, setting) in runs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     sent: dict[str, int] = {}
-    for step in range(setting.steps):
-        for way, (take, collectives) in made.items():
+    for step in range(steps):
+        for name, (take, collectives) in made.items():
             before = collectives.bytes_sent
             dist.barrier()
             started = time.perf_counter()
             take(step)
             dist.barrier()
             if step:  # the first warms up
-                seconds[way].append(time.perf_counter() - started)
-            sent[way] = collectives.bytes_sent - before
+                seconds[name].append(time.perf_counter() - started)
+            sent[name] = collectives.bytes_sent - before
     torch.save({"seconds": seconds, "sent": sent, "peak": peak_bytes()}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def measure(setting: Setting, ways: Sequence[str], workers: int) -> list[dict[str, Any]]:
+def measure(runs: Mapping[str, Run], workers: int) -> list[dict[str, Any]]:
     """What each worker saved."""
+    steps = max(setting.steps for _, setting in runs.values())
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, (workers, folder, setting, ways), nprocs=workers)
+        mp.spawn(work, (workers, folder, steps, runs), nprocs=workers)
         return [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(workers)]
 
 
-def spread(ratios: Sequence[float]) -> str:
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return f"{statistics.median(ratios):.3f} ({low:.3f} to {high:.3f})" if middle else ""
+def all_ways(setting: Setting) -> dict[str, Run]:
+    return {way: (way, setting) for way in (*PLAIN, *DISTRIBUTIONS)}
+
+
+def spread(times: Sequence[float], plain: Sequence[float]) -> str:
+    """Median and quartiles of the ratios of neighbouring steps."""
+    low, middle, high = statistics.quantiles([one / other for one, other in zip(times, plain, strict=True)], n=4)
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
 def step_time(sizes: Sequence[str], tasks: int, workers: int, pairs: int) -> None:
@@ -268,11 +279,11 @@ def step_time(sizes: Sequence[str], tasks: int, workers: int, pairs: int) -> Non
     print(f"| size | {' | '.join(PLAIN)} | {' | '.join(DISTRIBUTIONS)} |\n|---|{'---|' * 5}")
     for name in sizes:
         size = SIZES[name]
-        found = measure(Setting(size, tasks, size.queries, pairs + 1), (*PLAIN, *DISTRIBUTIONS), workers)[0]["seconds"]
+        found = measure(all_ways(Setting(size, tasks, size.queries, pairs + 1)), workers)[0]["seconds"]
         better = min(PLAIN, key=lambda way: statistics.median(found[way]))
         cells = [f"{statistics.median(found[way]):.2f} s" for way in PLAIN]
         for way in DISTRIBUTIONS:
-            cells.append(spread([one / plain for one, plain in zip(found[way], found[better], strict=True)]))
+            cells.append(spread(found[way], found[better]))
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
@@ -280,16 +291,17 @@ def memory(name: str, tasks: int, workers: int) -> None:
     size = SIZES[name]
     parameters = sum(parameter.numel() for parameter in make_encoder(size).parameters())
     setting = Setting(size, tasks, size.queries, 2)
-    peaks = {way: max(one["peak"] for one in measure(setting, [way], workers)) for way in (*PLAIN, *DISTRIBUTIONS)}
+    peaks = {way: max(one["peak"] for one in measure({way: run}, workers)) for way, run in all_ways(setting).items()}
+    better = min(peaks[way] for way in PLAIN)
     print(f"peak memory of a worker, {name} ({parameters / 1e6:.1f} M parameters), T = {tasks}, W = {workers}\n")
-    print("| way | GB | bytes a parameter over `one forward a task` |\n|---|---|---|")
+    print("| way | GB | bytes a parameter over the plain step that takes less |\n|---|---|---|")
     for way, peak in peaks.items():
-        print(f"| {way} | {peak / 1e9:.2f} | {(peak - peaks[PLAIN[1]]) / parameters:+.1f} |")
+        print(f"| {way} | {peak / 1e9:.2f} | {(peak - better) / parameters:+.1f} |")
 
 
 def wire(tasks: int, workers: int) -> None:
     size = SIZES["tiny"]
-    sent = measure(Setting(size, tasks, size.queries, 1), (PLAIN[1], *DISTRIBUTIONS), workers)
+    sent = measure(all_ways(Setting(size, tasks, size.queries, 1)), workers)
     total = {way: sum(one["sent"][way] for one in sent) for way in sent[0]["sent"]}
     print(f"bytes on the wire in a step, all workers, over the plain DDP step; T = {tasks}, W = {workers}\n")
     print("| way | MB | ratio |\n|---|---|---|")
@@ -298,17 +310,15 @@ def wire(tasks: int, workers: int) -> None:
 
 
 def growth(workers: int, pairs: int) -> None:
-    """Few and many tasks in one run each; their plain steps beside them correct for the machine's mood."""
+    """Few and many tasks in turn in one run, the plain step of both beside them."""
     size = SIZES["small"]
-    medians = {}
-    for tasks in (2, 16, 2, 16):
-        queries = size.queries * 8 // tasks
-        found = measure(Setting(size, tasks, queries, pairs + 1), ["sharded", PLAIN[0]], workers)[0]["seconds"]
-        medians.setdefault(tasks, []).append({way: statistics.median(times) for way, times in found.items()})
-    print(f"step time with 16 tasks over that with 2, small, equal total queries, W = {workers}\n")
-    for way in ("sharded", PLAIN[0]):
-        ratios = [many[way] / few[way] for few, many in zip(medians[2], medians[16], strict=True)]
-        print(f"{way}: {', '.join(f'{ratio:.3f}' for ratio in ratios)}")
+    few, many = (Setting(size, tasks, size.queries * 8 // tasks, pairs + 1) for tasks in (2, 16))
+    ways = ("sharded", PLAIN[0])
+    runs = {f"{way}, {one.tasks} tasks": (way, one) for way in ways for one in (few, many)}
+    found = measure(runs, workers)[0]["seconds"]
+    print(f"step time with 16 tasks over that with 2, small, equal total queries, W = {workers}; {pairs} pairs\n")
+    for way in ways:
+        print(f"{way}: {spread(found[f'{way}, 16 tasks'], found[f'{way}, 2 tasks'])}")
 
 
 def main() -> None:
@@ -324,7 +334,7 @@ def main() -> None:
     elif arguments.what == "memory":
         memory(arguments.sizes[-1], arguments.tasks, arguments.workers)
     elif arguments.what == "wire":
-        wire(arguments.tasks, 8)
+        wire(arguments.tasks, arguments.workers)
     else:
         growth(arguments.workers, arguments.pairs)
 

@@ -8,7 +8,8 @@
     ├── ContractError    checkpoint and index (or request) that do not belong together
     ├── RecallError      an index that finds less than it should
     ├── PlacementError   the cluster cannot hold the job
-    ├── TrainingError    a run that cannot go on: a loss that is not finite, a state that does not fit
+    ├── TrainingError    a run that cannot go on: a state that does not fit, a worker that fails again and again
+    │   └── DivergedError    gradients that are not finite: starting the workers again would not help
     ├── RequestError     a query that the retriever cannot answer: unknown task, top_k out of range
     └── EndpointError    what a client got from the endpoint, or did not get in time
 
@@ -51,6 +52,10 @@ class PlacementError(TaskspecError):
 
 class TrainingError(TaskspecError):
     """Training cannot go on."""
+
+
+class DivergedError(TrainingError):
+    """Too many steps had a gradient that is not finite; every worker raises it at the same step."""
 
 
 class RequestError(TaskspecError):

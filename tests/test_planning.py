@@ -6,12 +6,12 @@ from taskspec import store
 from taskspec.config import Config, with_values
 from taskspec.data.plan import Plan
 from taskspec.errors import ConfigError, PlacementError, TrainingError
-from taskspec.model.encoder import encoder_shapes
+from taskspec.model.encoder import Shapes, encoder_shapes
 from taskspec.train.checkpoint import Run
 from taskspec.train.planning import measured, plan_training, summary, write_plan
 
-SHAPES = [(10, 4), (6,), (2, 3, 1)]
-"""52 elements in 10 + 6 + 2 rows."""
+SHAPES = Shapes([(10, 4), (6,), (2, 3, 1)], frozen=7)
+"""52 elements in 10 + 6 + 2 rows, and 7 that are not trained."""
 DATA = Plan(0, {"a": 100, "b": 10}, {"a": 5, "b": 3})
 
 
@@ -25,6 +25,7 @@ def test_one_worker_holds_everything_and_sends_nothing(tiny_config):
     assert (plan.parameters, plan.rows, plan.distribution, plan.sent) == (52, 18, "replicated", 0)
     assert plan.memory == {
         "parameters": 208,
+        "frozen parameters": 28,
         "gradients": 208,
         "exchange": 0,
         "optimizer": 416,
@@ -45,6 +46,7 @@ def test_shares_of_two_workers(tiny_config):
     assert pcgrad.memory["method"] == 2 * 104
     mean = planned(tiny_config, specialization__method="mean", train__workers=2)
     assert (mean.memory["method"], mean.memory["measuring"], mean.sent) == (0, 0, 208)
+    assert mean.memory["gradients"] == 208, "their sum is one gradient"
     tasks = planned(tiny_config, specialization__method="taco", train__workers=2, train__distribution="task_parallel")
     assert tasks.sent == 104 * 2 + 2 * 72
 
@@ -73,13 +75,15 @@ def test_shapes_are_those_of_the_encoder_that_is_built(tiny_config, tiny_prepare
         config = with_values(tiny_config, {"model.pooling": pooling})
         encoder, tokenizer = build_encoder(config.model, texts, seed=0)
         same_vocabulary = with_values(config, {"model.scratch.vocabulary": len(tokenizer)})
-        assert encoder_shapes(same_vocabulary.model) == [tuple(one.shape) for one in encoder.parameters()]
+        assert encoder_shapes(same_vocabulary.model) == ([tuple(one.shape) for one in encoder.parameters()], 0)
 
 
 def line(step: int, seconds: float, **values):
     return {
         "step": step,
         "seconds": seconds,
+        "checkpoint_seconds": 1.0,
+        "queries": 64,
         "peak_bytes": 2_000_000_000,
         "bad_steps": 0,
         "dev_at_start": {"a": 0.1},
@@ -90,15 +94,15 @@ def line(step: int, seconds: float, **values):
 def test_a_summary_stands_beside_the_plan_and_shows_what_each_task_lost_or_won(tiny_config, tmp_path):
     plan = measured(planned(tiny_config), [line(5, 60.0), line(10, 10.0)])
     assert (plan.step_seconds, plan.peak) == (2.0, 2_000_000_000)
-    assert "2 s a step in 10 steps: 40 s" in plan.to_text(4_000_000_000)
+    assert "2 s a step in 10 steps, 1 s a checkpoint: 47 s" in plan.to_text(4_000_000_000)
     assert "2.00 GB at its peak in 10 steps, of 4.00 GB" in plan.to_text(4_000_000_000)
     run = Run(str(tmp_path), "step-00000020", "step-00000010", 0.5, finished=True)
     write_plan(run.uri, plan)
     lines = [line(10, 30.0), line(20, 33.0, bad_steps=2, tasks={"a": {"loss": 1.0, "dev_accuracy": 0.45}})]
     assert summary(run, lines).splitlines() == [
-        "trained 20 steps in 63 s, 2.00 GB a worker at its peak, 2 step(s) skipped; "
+        "trained 20 steps in 65 s, 2.00 GB a worker at its peak, 2 step(s) skipped; "
         "best checkpoint step-00000010, dev accuracy 50%",
-        "planned: 40 s, 2.00 GB at its peak",
+        "planned: 47 s, 2.00 GB at its peak",
         "dev accuracy from start to end: a 10 → 45%",
     ]
     assert store.exists(store.join(run.uri, "plan.json"))
@@ -106,6 +110,10 @@ def test_a_summary_stands_beside_the_plan_and_shows_what_each_task_lost_or_won(t
 
 def test_a_run_whose_every_step_was_skipped_says_so_and_a_plan_of_such_steps_is_refused(tiny_config, tmp_path):
     run = Run(str(tmp_path), "step-00000005", "step-00000000", 0.1, finished=True)
-    assert summary(run, []).startswith("trained no step: no gradient was finite; lower train.learning_rate")
+    assert summary(run, [line(5, 1.0, bad_steps=5)]).startswith(
+        "trained no step: no gradient was finite; lower train.learning_rate"
+    )
     with pytest.raises(TrainingError, match="of the 10 steps that were tried too few had a finite gradient"):
         measured(planned(tiny_config), [line(10, 1.0)])
+    with pytest.raises(TrainingError, match="of the 10 steps that were tried too few had a finite gradient"):
+        measured(planned(tiny_config), [line(5, 1.0), line(10, 1.0, queries=0, bad_steps=5)])

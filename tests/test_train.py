@@ -1,8 +1,11 @@
 """Training in one process: resuming, checkpoints, metrics, what is refused."""
 
 import itertools
+import json
 import math
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -15,6 +18,7 @@ from taskspec.config import Config, with_values
 from taskspec.data.prepared import PreparedData
 from taskspec.errors import ArtifactError, ConfigError, DataError, TrainingError
 from taskspec.model.encoder import encoder_shapes
+from taskspec.train import worker
 from taskspec.train.checkpoint import (
     STATE_FILE,
     UNMEASURED,
@@ -25,9 +29,17 @@ from taskspec.train.checkpoint import (
     read_contract,
     read_run,
 )
-from taskspec.train.launch import needed_cpus, start_run
+from taskspec.train.launch import _show_progress, needed_cpus, start_run
 from taskspec.train.step import Trainer, learning_rate_factor
-from taskspec.train.worker import TrainJob, console_line, local_batches, make_plan, read_metrics, train_worker
+from taskspec.train.worker import (
+    TrainJob,
+    console_line,
+    local_batches,
+    make_plan,
+    read_metrics,
+    seconds_taken,
+    train_worker,
+)
 
 
 @pytest.fixture(scope="module")
@@ -231,8 +243,14 @@ def test_a_new_task_starts_from_a_checkpoint_whose_other_tasks_keep_their_sensit
     other = replace(second, run=str(tmp_path / "x"), config=with_values(more, {"model.pooling": pooling}))
     with pytest.raises(TrainingError, match=r"was trained with model\.pooling"):
         start_run(other)
-    with pytest.raises(TrainingError, match="was trained on other encoder"):
+    with pytest.raises(TrainingError, match="was trained on other start"):
         start_run(replace(second, start=read_run(second.run).last_uri))
+    with pytest.raises(TrainingError, match="was started from a checkpoint; give its --from as before"):
+        start_run(replace(second, start=None))
+    with pytest.raises(TrainingError, match="was started from no checkpoint; leave --from out"):
+        start_run(replace(first, start=begun.last_uri))
+    artifacts.remove(start.last_uri)
+    assert start_run(second).finished, "a run that stands needs its start no more"
 
 
 def test_lora_trains_a_small_part_and_its_checkpoint_is_a_plain_encoder(job):
@@ -246,7 +264,12 @@ def test_lora_trains_a_small_part_and_its_checkpoint_is_a_plain_encoder(job):
     trainer = Trainer(config, resumed.encoder, torch.device("cpu"))
     whole = sum(value.numel() for name, value in base.items())
     assert trainer.flat.size < 0.2 * whole  # a tiny encoder: most of a real one is larger matrices
-    assert sum(math.prod(shape) for shape in encoder_shapes(config.model)) == trainer.flat.size
+    shapes = encoder_shapes(config.model)
+    assert sum(math.prod(shape) for shape in shapes.trained) == trainer.flat.size
+    largest = (
+        config.model.scratch.vocabulary - base["shared.weight"].shape[0]
+    )  # the plan counts the vocabulary asked for
+    assert shapes.frozen == whole + largest * config.model.scratch.width
     ended = tensors(run.last_uri)
     assert torch.equal(ended["shared.weight"], base["shared.weight"])
     changed = {name.split(".")[-2] for name, value in base.items() if not torch.equal(value, ended[name])}
@@ -317,6 +340,95 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_task(job):
     )
     with pytest.raises(TrainingError, match=message):
         train_worker(job, batches=spoiled)
+
+
+def test_steps_that_were_skipped_at_the_very_end_are_told(job):
+    """With a line a step, the last line has no step that was taken."""
+    start_run(job)
+    job = replace(job, config=with_values(job.config, {"train.log_every": 1}))
+
+    def spoiled(job, tokenizer, rank, workers, start):
+        for step, batches in enumerate(local_batches(job, tokenizer, rank, workers, start), start):
+            weight = batches["nq"].query_weight_B
+            yield batches | {"nq": replace(batches["nq"], query_weight_B=weight * (float("nan") if step >= 6 else 1.0))}
+
+    train_worker(job, batches=spoiled)
+    *_, before, last = read_metrics(job.run)
+    assert (before["step"], last["step"]) == (6, 8)
+    assert last["skipped"] == [
+        f"step {n}: the gradient of task nq (first in shared.weight) is not finite" for n in (6, 7)
+    ]
+    assert (last["queries"], last["bad_steps"]) == (0, 2)
+    assert all(task.keys() == {"dev_accuracy"} for task in last["tasks"].values())
+    assert console_line(last, 8) == "step 8/8  no step was taken since the last line"
+
+
+@pytest.mark.parametrize("method", ["cgd", "gradnorm", "pcgrad", "mean"])
+def test_other_methods_start_new_tasks_from_even_weights(method, job, tmp_path):
+    config = with_values(job.config, {"specialization.method": method, "train.tasks": ["nq", "fever"]})
+    first = replace(job, config=config)
+    start_run(first)
+    train_worker(first)
+    more = replace(job, config=with_values(config, {"train.tasks": None}), start=read_run(first.run).last_uri)
+    begun = start_run(replace(more, run=str(tmp_path / "more")))
+    assert not [name for name in tensors(begun.last_uri) if name.startswith("method.")]
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, 2), (2, None), (2, 3)])
+def test_sensitivities_of_other_matrices_are_not_carried_over(before, after, job, tmp_path):
+    first = replace(job, config=with_values(job.config, {"model.lora": before}))
+    start_run(first)
+    train_worker(first)
+    more = replace(job, config=with_values(job.config, {"model.lora": after}), start=read_run(first.run).last_uri)
+    more = replace(more, run=str(tmp_path / "more"))
+    begun = start_run(more)
+    assert not [name for name in tensors(begun.last_uri) if name.startswith("method.")]
+    train_worker(more)
+    assert read_run(more.run).finished
+
+
+def test_seconds_of_a_checkpoint_are_not_seconds_of_steps(job, monkeypatch):
+    publish = worker.publish_checkpoint
+
+    def slow(*args, **kwargs):
+        time.sleep(0.5)
+        return publish(*args, **kwargs)
+
+    monkeypatch.setattr(worker, "publish_checkpoint", slow)
+    start_run(job)
+    train_worker(job)
+    lines = read_metrics(job.run)
+    assert [line["checkpoint_seconds"] > 0.5 for line in lines] == [False, True, True, True]
+    assert seconds_taken(lines) == pytest.approx(sum(line["seconds"] + line["checkpoint_seconds"] for line in lines))
+
+
+def test_progress_shows_every_line_of_every_start_once(job, capsys):
+    """Workers that were restarted have got further, before anybody looked, than those before them."""
+    start_run(job)
+    train_worker(job)
+    lines = read_metrics(job.run)
+
+    def written(start, first, steps):
+        content = "".join(json.dumps({**lines[0], "start": start, "step": step}) + "\n" for step in steps)
+        store.write_bytes(store.join(job.run, "metrics", f"step-{first:08d}.jsonl"), content.encode())
+
+    class Looks(threading.Event):
+        """Stands for two seconds of waiting, in which the workers do something."""
+
+        looks = 0
+
+        def wait(self, timeout=None):
+            self.looks += 1
+            if self.looks == 1:
+                written("second", 8, [10, 12, 14])
+            else:
+                written("third", 13, [14, 16])
+            return self.looks == 2
+
+    _show_progress(job, Looks())
+    said = [line.partition(": ")[2].partition("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    again = "workers were restarted from the last checkpoint"
+    assert said == ["step 10/8", "step 12/8", "step 14/8", again, "step 14/8", "step 16/8"]
 
 
 @pytest.mark.parametrize("bad", [3, 7])

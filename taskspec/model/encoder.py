@@ -12,7 +12,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -129,8 +129,13 @@ def _scratch_config(model: Model, vocabulary: int) -> Any:
     )
 
 
-Shapes = list[tuple[int, ...]]
-"""Of trainable parameters, in the order of the flat vector."""
+class Shapes(NamedTuple):
+    """What an encoder's parameters are."""
+
+    trained: list[tuple[int, ...]]
+    """Shapes, in the order of the flat vector."""
+    frozen: int
+    """Elements that LoRA leaves as they are."""
 
 
 def encoder_shapes(model: Model) -> Shapes:
@@ -155,7 +160,11 @@ def encoder_shapes(model: Model) -> Shapes:
     except (OSError, ValueError, TypeError, KeyError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ConfigError(f"model.source {model.source}: no T5 or BERT-like encoder: {first_line}") from error
-    return [tuple(parameter.shape) for parameter in transformer.parameters() if parameter.requires_grad]
+    parameters = list(transformer.parameters())
+    return Shapes(
+        [tuple(parameter.shape) for parameter in parameters if parameter.requires_grad],
+        sum(parameter.numel() for parameter in parameters if not parameter.requires_grad),
+    )
 
 
 def train_tokenizer(texts: Iterable[str], scratch: Scratch) -> Any:

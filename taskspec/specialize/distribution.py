@@ -83,9 +83,7 @@ class Replicated:
 
     def __init__(self, task_loss: TaskLoss, flat: FlatParameters, collectives: Collectives) -> None:
         self._task_loss, self._flat, self._collectives = task_loss, flat, collectives
-        self._forward: TaskLoss | DistributedDataParallel = task_loss
-        if collectives.workers > 1:
-            self._forward = DistributedDataParallel(task_loss, forward_sync_buffers=False)
+        self._ddp: DistributedDataParallel | None = None
         self._grad_P = torch.zeros_like(flat.theta_P)
         elements = slice(0, len(flat.theta_P))
         self.share = Share(elements, Rows(flat.pieces, elements, flat.theta_P.device))
@@ -99,8 +97,12 @@ class Replicated:
     def _gradient(self, batch: TaskBatch) -> Tensor:
         self._flat.collect_gradients_in(self._grad_P)
         self._collectives.count_all_reduce(self._grad_P.nbytes)
+        if self._collectives.workers == 1:
+            return add_gradient(self._task_loss, batch)
+        if self._ddp is None:
+            self._ddp = DistributedDataParallel(self._task_loss, forward_sync_buffers=False)
         # DDP averages over workers; the parts must be summed.
-        return add_gradient(self._forward, batch, scale=self._collectives.workers)
+        return add_gradient(self._ddp, batch, scale=self._collectives.workers)
 
     def summed_gradient(self, batches: Batches, totals_T2: Tensor) -> Tensor:
         _add_all(self._task_loss, self._flat, self._grad_P, batches, totals_T2)
@@ -112,25 +114,33 @@ class Replicated:
 
     def settle(self, batches: Batches) -> None:
         """DDP arranges its buckets anew after its first backward pass, and a ring's rounding depends on them."""
-        if self._forward is not self._task_loss:
+        if self._collectives.workers > 1:
             self._gradient(_all(batches)[0])
 
 
 class _Slices:
-    """Every worker holds a slice. Two gradients: one is on its way while the next is computed."""
+    """Every worker holds a slice. Of gradients that are kept apart one is on its way while the next is computed."""
 
-    def __init__(self, task_loss: TaskLoss, flat: FlatParameters, collectives: Collectives) -> None:
+    def __init__(self, task_loss: TaskLoss, flat: FlatParameters, collectives: Collectives, received: int) -> None:
+        """Args: received: slices that can arrive at the same time."""
         self._task_loss, self._flat, self._collectives = task_loss, flat, collectives
-        self._grads = [torch.zeros_like(flat.theta_P) for _ in range(2)]
-        self._received_WS = torch.zeros_like(flat.theta_P).view(collectives.workers, -1)
+        self._grads: list[Tensor] = []
         size = len(flat.theta_P) // collectives.workers
+        self._received_WS = flat.theta_P.new_zeros(received, size)
         elements = slice(collectives.rank * size, (collectives.rank + 1) * size)
         self.share = Share(elements, Rows(flat.pieces, elements, flat.theta_P.device), collectives)
 
+    def _grad(self, number: int) -> Tensor:
+        """Room for a gradient, by turns: a sum of all needs it once, gradients by themselves twice."""
+        if number % 2 == len(self._grads):
+            self._grads.append(torch.zeros_like(self._flat.theta_P))
+        return self._grads[number % 2]
+
     def summed_gradient(self, batches: Batches, totals_T2: Tensor) -> Tensor:
-        _add_all(self._task_loss, self._flat, self._grads[0], batches, totals_T2)
+        grad_P = self._grad(0)
+        _add_all(self._task_loss, self._flat, grad_P, batches, totals_T2)
         self._collectives.sum(totals_T2)
-        return self._collectives.start_scatter(self._grads[0], self._received_WS).wait()
+        return self._collectives.start_scatter(grad_P, self._received_WS).wait()
 
     def gather(self) -> None:
         self._collectives.gather_slices(self._flat.theta_P)
@@ -142,10 +152,13 @@ class _Slices:
 class Sharded(_Slices):
     """Every worker has its part of every task's batch."""
 
+    def __init__(self, task_loss: TaskLoss, flat: FlatParameters, collectives: Collectives) -> None:
+        super().__init__(task_loss, flat, collectives, collectives.scatter_rows)
+
     def gradients(self, batches: Batches, totals_T2: Tensor) -> Iterator[TaskGradient]:
         under_way: Scatter | None = None
         for task, batch in enumerate(_all(batches)):
-            grad_P = self._grads[task % 2]
+            grad_P = self._grad(task)
             self._flat.collect_gradients_in(grad_P)
             totals_T2[task] = add_gradient(self._task_loss, batch)
             if under_way:
@@ -163,7 +176,7 @@ class TaskParallel(_Slices):
         self, task_loss: TaskLoss, flat: FlatParameters, collectives: Collectives, owners: Sequence[int]
     ) -> None:
         """Args: task_loss: of one worker alone. owners: rank that computes each task."""
-        super().__init__(task_loss, flat, collectives)
+        super().__init__(task_loss, flat, collectives, collectives.workers)
         by_worker = [[t for t, owner in enumerate(owners) if owner == rank] for rank in range(collectives.workers)]
         self._rounds = [
             [tasks[number] if number < len(tasks) else None for tasks in by_worker]
@@ -174,7 +187,7 @@ class TaskParallel(_Slices):
         under_way: tuple[list[int], Exchange] | None = None
         for number, tasks in enumerate(self._rounds):
             own = tasks[self._collectives.rank]
-            grad_P = None if own is None else self._grads[number % 2]
+            grad_P = None if own is None else self._grad(number)
             if own is not None and grad_P is not None:
                 batch = batches[own]
                 assert batch is not None

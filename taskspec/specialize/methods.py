@@ -26,7 +26,7 @@ from taskspec.specialize.sensitivity import Specialized
 from taskspec.specialize.stability import Estimate, Stability
 
 EVEN = Specialized(entropy=1.0, saturation=0.0, saturated_energy=0.0)
-"""Of methods that take every task's gradient alike."""
+"""Where every task's gradient is taken alike."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class _Combined(ABC):
     def _factors(self, product_TT: Tensor, loss_T: Tensor) -> Tensor:
         """What each task's gradient is multiplied by, from finite inner products; both float64 on the CPU."""
 
-    def _describe(self, factor_T: Tensor) -> Specialized:
+    def _describe(self, factor_T: Tensor) -> Specialized | None:
         one = torch.ones(1)
         return s.describe((factor_T / factor_T.sum())[:, None], one, one)
 
@@ -211,8 +211,8 @@ class PCGrad(_Combined):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + int(self.steps_done))
         return projected_shares(product_TT, generator).mean(dim=0)
 
-    def _describe(self, factor_T: Tensor) -> Specialized:
-        return EVEN  # factors may be negative: they are no shares
+    def _describe(self, factor_T: Tensor) -> Specialized | None:
+        return None  # factors may be negative: they are no shares
 
     def accept(self) -> None:
         self.steps_done += 1

@@ -18,7 +18,8 @@ from taskspec.specialize.gradients import Piece
 from taskspec.specialize.names import layer_of
 
 CHUNK = 1 << 16
-"""Elements that are worked on at a time: three such fp32 vectors stay in a core's cache of 1 MB."""
+"""Elements that a CPU works on at a time: three such fp32 vectors stay in a core's cache of 1 MB. A GPU takes whole
+matrices: there a launch costs more than the memory."""
 
 
 class Block(NamedTuple):
@@ -50,6 +51,7 @@ class Rows:
             self.blocks += _blocks(piece.start, rows, width, first_row, elements)
             first_row += rows
         self.rows = first_row
+        self._chunk = CHUNK if device.type == "cpu" else max(piece.elements.stop for piece in pieces)
         self.width_R = torch.cat(widths).to(device)
         self.layers = tuple(layers)
         self.layer_R = torch.cat(places).to(device)
@@ -79,7 +81,7 @@ class Rows:
 
     def _chunks(self) -> Iterator[Block]:
         for elements, rows, width in self.blocks:
-            step = max(1, CHUNK // width)
+            step = max(1, self._chunk // width)
             for first in range(rows.start, rows.stop, step):
                 last = min(first + step, rows.stop)
                 begin = elements.start + (first - rows.start) * width

@@ -22,6 +22,8 @@ from taskspec.specialize.sensitivity import bias_correction
 
 MEMORY = 0.95
 """Decay of the running moments: about the last twenty steps."""
+LEAST_UPDATES = 5
+"""Before so many steps of every task nothing is estimated: a variance of two numbers says little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +31,11 @@ class Estimate:
     """How well one task's sensitivities are known in one layer."""
 
     standard_error: float
-    """Of one step's ŝ, root mean square over the layer's elements; in units of the task's median."""
+    """Of one step's ŝ, which without a memory is what the weights see; root mean square over the layer's elements, in
+    units of the task's median."""
     sample_size: float
-    """Effective: (mean of ŝ / standard error)², how many times a step's noise goes into the signal."""
+    """Effective: (mean of ŝ / standard error)², the squared signal-to-noise ratio: how many measurements with an error
+    as large as what they measure are worth one step."""
     reliability: float
     """Between 0, all noise, and 1: what ŝ is shrunk by."""
 
@@ -51,8 +55,9 @@ class Stability:
         self.updates_T = torch.zeros(tasks, dtype=torch.int64, device=like.device)
 
     def shrink(self, task: int, normalized_R: Tensor) -> Tensor:
-        """One task's ŝ drawn to the running mean of all tasks by its reliability; as it is while nothing is known."""
-        if int(self.updates_T.min()) < 2:
+        """One task's ŝ drawn to the running mean of all tasks by its reliability; as it is while little is known, for
+        all tasks as long as one of them is new."""
+        if int(self.updates_T.min()) < LEAST_UPDATES:
             return normalized_R
         if self._common_R is None:  # the same for all tasks of a step
             self._common_R = self._moments()[0].mean(dim=0)
@@ -67,11 +72,16 @@ class Stability:
         self._common_R = None
 
     def estimates(self) -> list[Mapping[str, Estimate]]:
-        """By task, layer → how well it is known; layers without any sensitivity are left out."""
+        """By task, layer → how well it is known; layers without any sensitivity are left out, and all of them before
+        `LEAST_UPDATES`."""
+        if int(self.updates_T.min()) < LEAST_UPDATES:
+            return [{} for _ in self.updates_T]
         mean_TR, variance_TR = self._moments()
         error_TG = self._over_layers(variance_TR).sqrt()
         mean_TG = self._over_layers(mean_TR)
-        size_TG = (mean_TG / error_TG.clamp_min(torch.finfo(error_TG.dtype).tiny)).square()
+        # The variance is a difference of two moments: below the square root of their rounding it is not known.
+        least_TG = mean_TG * torch.finfo(mean_TG.dtype).eps ** 0.5
+        size_TG = (mean_TG / error_TG.maximum(least_TG).clamp_min(torch.finfo(mean_TG.dtype).tiny)).square()
         found = zip(error_TG.tolist(), size_TG.tolist(), self._reliability().tolist(), strict=True)
         used_G = mean_TG.sum(dim=0).tolist()
         return [

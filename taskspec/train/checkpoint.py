@@ -109,7 +109,8 @@ def open_training(uri: str, config: Config) -> TrainingState:
 
 
 def open_start(uri: str, config: Config) -> TrainingState:
-    """Opens a checkpoint to train other tasks from: its weights, and what its method kept of the tasks that both have.
+    """Opens a checkpoint to train other tasks from: its weights and, with `taco`, the sensitivities of the tasks that
+    both have; not where either trains LoRA's matrices, which are others each time.
 
     The optimizer, the schedule and the warm-up begin anew.
     Raises: TrainingError if it makes its embeddings in another way.
@@ -121,10 +122,12 @@ def open_start(uri: str, config: Config) -> TrainingState:
         if theirs != mine:
             raise TrainingError(f"{uri}: was trained with model.{name} {theirs}, this run has {mine}; take {theirs}")
     encoder, tokenizer = load_encoder(config.model, artifact.folder)
-    kept = safetensors.torch.load_file(artifact.folder / STATE_FILE)
-    method = parse_config(artifact.manifest.config, uri).specialization.method
+    theirs = parse_config(artifact.manifest.config, uri)
     tensors: dict[str, Tensor] = {}
-    if method == config.specialization.method:
+    # Other methods' weights are about the tasks that were, and sensitivities of LoRA's matrices about those matrices.
+    adapted = theirs.model.lora is not None or config.model.lora is not None
+    if theirs.specialization.method == config.specialization.method == "taco" and not adapted:
+        kept = safetensors.torch.load_file(artifact.folder / STATE_FILE)
         state = {name: value for name, value in kept.items() if name.startswith("method.")}
         tasks = [task.name for task in config.trained_tasks]
         tensors = carried(state, [task.name for task in contract.tasks], tasks)

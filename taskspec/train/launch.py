@@ -20,7 +20,7 @@ from taskspec.config import Config, with_values
 from taskspec.data.batches import StepBatches
 from taskspec.data.prepared import PreparedData
 from taskspec.data.stream import stream
-from taskspec.errors import DataError, TaskspecError, TrainingError
+from taskspec.errors import DataError, DivergedError, TaskspecError, TrainingError
 from taskspec.model.encoder import build_encoder, encoder_shapes, load_encoder
 from taskspec.train.checkpoint import (
     BASE,
@@ -35,6 +35,8 @@ from taskspec.train.checkpoint import (
 from taskspec.train.planning import PROBE_STEPS, TrainingPlan, measured, plan_training, summary, write_plan
 from taskspec.train.worker import Batches, TrainJob, console_line, make_maker, make_plan, read_metrics, train_worker
 
+DIVERGED_FILE = "diverged.txt"
+"""In a run folder: why its workers gave up."""
 TOKENIZER_TEXTS = 200_000
 """At most so many passages, evenly spaced, train a tokenizer; all train queries do as well, up to as many a task."""
 
@@ -46,8 +48,8 @@ def start_run(job: TrainJob) -> Run:
     """
     prepared = PreparedData.open(job.prepared)
     plan = make_plan(job.config, prepared)
-    encoder_from = encoder_id(job.config) if job.start is None else artifacts.read_manifest(job.start, "checkpoint").id
-    inputs = {"prepared": prepared.id, "encoder": encoder_from}
+    run = read_run(job.run)
+    inputs = {"prepared": prepared.id, **_encoder_input(job, run)}
     if job.config.contrastive.negatives:
         if job.negatives is None:
             raise DataError(
@@ -55,10 +57,13 @@ def start_run(job: TrainJob) -> Run:
                 f"mine them with python -m jobs.mine, or set contrastive.negatives=0"
             )
         inputs["negatives"] = artifacts.read_manifest(job.negatives, "negatives").id
-    run = read_run(job.run)
     tokenizer: Any
     if run is not None:
         theirs = artifacts.read_manifest(run.last_uri, "checkpoint").inputs
+        if ("start" in theirs) != (job.start is not None):
+            way_out = "give its --from as before" if "start" in theirs else "leave --from out"
+            begun = "from a checkpoint" if "start" in theirs else "from no checkpoint"
+            raise TrainingError(f"{job.run}: was started {begun}; {way_out}, or start in a new folder with --out")
         for name, value in inputs.items():
             if theirs.get(name) != value:
                 raise TrainingError(
@@ -91,6 +96,16 @@ def start_run(job: TrainJob) -> Run:
             dev_accuracy={},
         )
     return add_to_run(None, job.run, folder, None, finished=job.config.train.steps == 0)
+
+
+def _encoder_input(job: TrainJob, run: Run | None) -> dict[str, str]:
+    """What the weights come from, as a manifest's inputs name it. A run that stands goes on without the checkpoint that
+    it was started from, whose own run may have removed it since."""
+    if job.start is None:
+        return {"encoder": encoder_id(job.config)}
+    if run is not None and not store.exists(store.join(job.start, artifacts.MANIFEST)):
+        return {}
+    return {"start": artifacts.read_manifest(job.start, "checkpoint").id}
 
 
 def _try_one_step(job: TrainJob, tokenizer: Any, step: int) -> None:
@@ -193,14 +208,16 @@ def stream_batches(job: TrainJob, tokenizer: Any, rank: int, workers: int, start
 def fit(job: TrainJob, batches: Batches = stream_batches) -> None:
     """Runs the workers from the run's last checkpoint to its last step, and says nothing.
 
-    Raises: TrainingError with the worker's own message if they fail more than `train.max_failures` times.
+    Raises: TrainingError with the worker's own message if they fail more than `train.max_failures` times;
+        DivergedError at once, as the same steps would come again.
     """
     import ray.train
     from ray.train.torch import TorchTrainer
 
     config = job.config.train
     # Ray Train wants a place that all nodes see; what a run needs to go on is in our own checkpoints.
-    storage = store.join(job.run, "ray")
+    storage, diverged = store.join(job.run, "ray"), store.join(job.run, DIVERGED_FILE)
+    store.delete(diverged)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"job": job, "batches": batches},
@@ -219,6 +236,8 @@ def fit(job: TrainJob, batches: Batches = stream_batches) -> None:
         raise KeyboardInterrupt from error
     finally:
         artifacts.remove(storage)
+    if store.exists(diverged):
+        raise DivergedError(store.read_bytes(diverged).decode())
 
 
 def _translate(error: Exception) -> TaskspecError:
@@ -249,29 +268,36 @@ def _worker(settings: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 
-    train_worker(
-        settings["job"],
-        batches=settings["batches"],
-        barrier=ray.train.report,
-        device=str(ray.train.torch.get_device()),
-        local_workers=ray.train.get_context().get_local_world_size(),
-    )
+    job, context = settings["job"], ray.train.get_context()
+    try:
+        train_worker(
+            job,
+            batches=settings["batches"],
+            barrier=ray.train.report,
+            device=str(ray.train.torch.get_device()),
+            local_workers=context.get_local_world_size(),
+        )
+    except DivergedError as error:  # Ray would start workers that fail again; these end well and leave word
+        if context.get_world_rank() == 0:
+            store.write_bytes(store.join(job.run, DIVERGED_FILE), str(error).encode())
 
 
 def _show_progress(job: TrainJob, stop: threading.Event) -> None:
     """Prints each new line of the run's metrics; workers' own output stays in Ray's logs."""
-    shown = len(read_metrics(job.run))
     label = job.run.rstrip("/").rpartition("/")[2]
+    earlier = {line["start"] for line in read_metrics(job.run)}
+    start, shown = None, 0
     while True:
         ending = stop.wait(2)
-        lines = read_metrics(job.run)
-        if len(lines) < shown:  # workers went back to the last checkpoint
-            print(f"{label}: workers were restarted from the last checkpoint", flush=True)
-            shown = len(lines)
-        for line in lines[shown:]:
+        for line in read_metrics(job.run):
+            if line["start"] in earlier or (line["start"] == start and line["step"] <= shown):
+                continue
+            if start not in (None, line["start"]):
+                print(f"{label}: workers were restarted from the last checkpoint", flush=True)
+                earlier.add(start)
+            start, shown = line["start"], line["step"]
             for reason in line["skipped"]:
                 print(f"{label}: skipped {reason}", flush=True)
             print(f"{label}: {console_line(line, job.config.train.steps)}", flush=True)
-        shown = len(lines)
         if ending:
             return

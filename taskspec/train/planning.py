@@ -19,10 +19,13 @@ from taskspec.errors import PlacementError, TrainingError
 from taskspec.model.encoder import Shapes
 from taskspec.specialize.methods import kept_floats
 from taskspec.train.checkpoint import Run
+from taskspec.train.worker import seconds_taken
 
 FLOAT = 4
 """Bytes of a parameter, a gradient and every state; `train.precision` changes activations only."""
 PROBE_STEPS = 10
+SUMMED = ("mean", "single")
+"""Methods that take the sum of all gradients."""
 PLAN_FILE = "plan.json"
 
 
@@ -31,6 +34,7 @@ class TrainingPlan:
     """What a run will need. Bytes are those of one worker."""
 
     parameters: int
+    """That are trained."""
     rows: int
     tasks: int
     workers: int
@@ -44,14 +48,22 @@ class TrainingPlan:
     """Of a step."""
     epochs: Mapping[str, float]
     """Task → how often the run sees its train queries."""
+    checkpoints: int = 0
     step_seconds: float | None = None
     """Of the steps that were tried."""
+    checkpoint_seconds: float = 0.0
+    """Of the checkpoint that was tried."""
     peak: int | None = None
     """Bytes of the process at its peak in the steps that were tried, activations and libraries included."""
 
     @property
     def held(self) -> int:
         return sum(self.memory.values())
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run, as the steps that were tried have it."""
+        return (self.step_seconds or 0.0) * self.steps + self.checkpoint_seconds * self.checkpoints
 
     def require_fits(self, available: int | None) -> None:
         """Args: available: bytes that a worker may take; None if nobody knows.
@@ -86,18 +98,20 @@ class TrainingPlan:
         if self.peak is not None and self.step_seconds is not None:
             have = "" if available is None else f", of {_size(available)}"
             lines.insert(2, f"                   {_size(self.peak)} at its peak in {PROBE_STEPS} steps{have}")
-            time = _duration(self.step_seconds * self.steps)
-            lines.append(f"  time             {self.step_seconds:.2g} s a step in {PROBE_STEPS} steps: {time}")
+            lines.append(
+                f"  time             {self.step_seconds:.2g} s a step in {PROBE_STEPS} steps, "
+                f"{self.checkpoint_seconds:.2g} s a checkpoint: {_duration(self.seconds)}"
+            )
         return "\n".join(lines)
 
 
 def plan_training(config: Config, plan: Plan, shapes: Shapes) -> TrainingPlan:
     """Counts what a run will hold and send.
 
-    Args: plan: of its data. shapes: of the trainable parameters.
+    Args: plan: of its data. shapes: of the encoder.
     """
-    parameters = sum(math.prod(shape) for shape in shapes)
-    rows = sum(shape[0] if len(shape) > 1 else math.prod(shape) for shape in shapes)
+    parameters = sum(math.prod(shape) for shape in shapes.trained)
+    rows = sum(shape[0] if len(shape) > 1 else math.prod(shape) for shape in shapes.trained)
     tasks, workers = len(plan.batch), config.train.workers
     distribution = config.train.distribution if workers > 1 else "replicated"
     whole, share = FLOAT * parameters, FLOAT * parameters // (1 if distribution == "replicated" else workers)
@@ -110,7 +124,8 @@ def plan_training(config: Config, plan: Plan, shapes: Shapes) -> TrainingPlan:
         distribution=distribution,
         memory={
             "parameters": whole,
-            "gradients": whole * (1 if distribution == "replicated" else 2),
+            "frozen parameters": FLOAT * shapes.frozen,
+            "gradients": whole * (1 if distribution == "replicated" or config.specialization.method in SUMMED else 2),
             "exchange": whole if workers > 1 else 0,
             "optimizer": 2 * share,
             "method": of_elements * share + of_rows * FLOAT * rows,
@@ -118,6 +133,7 @@ def plan_training(config: Config, plan: Plan, shapes: Shapes) -> TrainingPlan:
         },
         sent=_sent(config, distribution, whole, FLOAT * rows, tasks),
         steps=config.train.steps,
+        checkpoints=math.ceil(config.train.steps / config.train.checkpoint_every),
         queries=sum(plan.batch.values()),
         epochs={task: config.train.steps * plan.batch[task] / plan.sizes[task] for task in plan.batch},
     )
@@ -127,7 +143,7 @@ def _sent(config: Config, distribution: str, whole: int, rows: int, tasks: int) 
     """By the volume of a ring. The gathered embeddings, a few kilobytes a query, are not counted."""
     workers, method = config.train.workers, config.specialization.method
     part = (workers - 1) / workers
-    gradients = 1 if method in ("mean", "single") else tasks
+    gradients = 1 if method in SUMMED else tasks
     if distribution == "replicated":
         return int(2 * part * whole * gradients)
     if distribution == "task_parallel" and gradients > 1:
@@ -142,14 +158,19 @@ def measured(plan: TrainingPlan, lines: Sequence[Mapping[str, Any]]) -> Training
     Args: lines: of their metrics; the last one counts, as the first steps warm up.
     Raises: TrainingError if too many of the steps were skipped.
     """
-    if len(lines) < 2:
+    if len(lines) < 2 or not lines[-1]["queries"]:
         raise TrainingError(
             f"of the {PROBE_STEPS} steps that were tried too few had a finite gradient to measure; "
             f"lower train.learning_rate or raise contrastive.temperature"
         )
     last = lines[-1]
     steps = last["step"] - lines[-2]["step"]
-    return TrainingPlan(**asdict(plan) | {"step_seconds": last["seconds"] / steps, "peak": last["peak_bytes"]})
+    found = {
+        "step_seconds": last["seconds"] / steps,
+        "checkpoint_seconds": last["checkpoint_seconds"],
+        "peak": last["peak_bytes"],
+    }
+    return TrainingPlan(**asdict(plan) | found)
 
 
 def write_plan(run: str, plan: TrainingPlan) -> None:
@@ -159,16 +180,16 @@ def write_plan(run: str, plan: TrainingPlan) -> None:
 
 def summary(run: Run, lines: Sequence[Mapping[str, Any]]) -> str:
     """How a finished run went, beside its plan where it was planned: two or three lines for the console."""
-    if not lines:  # each of few steps was skipped
+    skipped = lines[-1]["bad_steps"]
+    if skipped >= lines[-1]["step"]:
         return (
             "trained no step: no gradient was finite; lower train.learning_rate or raise contrastive.temperature, "
             "and start in a new folder"
         )
-    seconds = sum(line["seconds"] for line in lines)
-    peak, skipped = max(line["peak_bytes"] for line in lines), lines[-1]["bad_steps"]
+    peak = max(line["peak_bytes"] for line in lines)
     best = f", dev accuracy {100 * run.best_accuracy:.0f}%" if run.best_accuracy >= 0 else ""
     text = [
-        f"trained {lines[-1]['step']:,} steps in {_duration(seconds)}, {_size(peak)} a worker at its peak"
+        f"trained {lines[-1]['step']:,} steps in {_duration(seconds_taken(lines))}, {_size(peak)} a worker at its peak"
         + (f", {skipped} step(s) skipped" if skipped else "")
         + f"; best checkpoint {run.best}{best}"
     ]
@@ -176,7 +197,7 @@ def summary(run: Run, lines: Sequence[Mapping[str, Any]]) -> str:
     if store.exists(path):
         plan = TrainingPlan(**json.loads(store.read_bytes(path)))
         if plan.step_seconds is not None and plan.peak is not None:
-            text.append(f"planned: {_duration(plan.step_seconds * plan.steps)}, {_size(plan.peak)} at its peak")
+            text.append(f"planned: {_duration(plan.seconds)}, {_size(plan.peak)} at its peak")
     started = lines[0]["dev_at_start"]
     ended = {task: one["dev_accuracy"] for task, one in lines[-1]["tasks"].items() if "dev_accuracy" in one}
     both = [f"{task} {100 * started[task]:.0f} → {100 * ended[task]:.0f}%" for task in ended if task in started]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from taskspec.config import Config, canonical_sha256
 from taskspec.data.batches import StepBatches
-from taskspec.errors import TrainingError
+from taskspec.errors import DivergedError, TrainingError
 from taskspec.model.encoder import Encoder
 from taskspec.specialize.collectives import Collectives
 from taskspec.specialize.distribution import Batches, Distribution, Replicated, Sharded, TaskParallel
@@ -110,8 +110,8 @@ class Trainer:
     def step(self, step: int, batches: StepBatches, *, describe: bool = False) -> StepResult:
         """Moves the parameters once; if a gradient is not finite, all workers leave them as they are.
 
-        Raises: TrainingError naming task and parameter after more than `train.max_bad_steps` of these, and if the
-            workers' parameters differ.
+        Raises: DivergedError naming task and parameter after more than `train.max_bad_steps` of these; TrainingError
+            if the workers' parameters, or what the method keeps of all of them, differ.
         """
         learning_rate = self.config.train.learning_rate * learning_rate_factor(
             step, self.config.train.steps, self.config.train.lr_warmup
@@ -188,22 +188,24 @@ class Trainer:
         where = ", ".join(f"task {task} (first in {name})" for task, name in found.items())
         reason = f"step {step}: the gradient of {where or 'no task by itself, but their update,'} is not finite"
         if self.bad_steps > self.config.train.max_bad_steps:
-            raise TrainingError(
+            raise DivergedError(
                 f"{reason}; {self.bad_steps} such steps are more than train.max_bad_steps "
                 f"({self.config.train.max_bad_steps}): lower train.learning_rate or raise contrastive.temperature"
             )
         return reason
 
     def _require_alike(self, step: int) -> None:
-        if not self.collectives.alike(self.flat.theta_P):
+        kept = [value.flatten() for value in self.method.state().values() if value.is_floating_point()]
+        if not all(self.collectives.alike(one) for one in (self.flat.theta_P, *kept)):
             raise TrainingError(
-                f"step {step}: the workers' parameters differ; go on from the last checkpoint, and look for a worker "
-                f"whose memory or network fails"
+                f"step {step}: the workers' parameters or sensitivities differ; go on from the last checkpoint, and "
+                f"look for a worker whose memory or network fails"
             )
 
     def settle(self, batches: StepBatches) -> None:
         """What has to run once before the first step of a start, so that a resumed run rounds as the unbroken one."""
-        self.distribution.settle(self._ordered(batches))
+        if self.method.separate:
+            self.distribution.settle(self._ordered(batches))
 
     @torch.inference_mode()
     def evaluate(self, batches: StepBatches) -> dict[str, float]:
@@ -225,15 +227,17 @@ class Trainer:
             peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB
         return -int(self.collectives.minimum(torch.tensor(-peak, device=self.device)))
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self, keep: bool = True) -> dict[str, Tensor]:
         """Optimizer and method, by name, whole whatever the distribution; the weights are the encoder's.
 
-        To be called by all workers.
+        To be called by all workers. Args: keep: whether this one wants the optimizer's part, twice its parameters.
         """
         result = {f"method.{name}": value for name, value in self.method.state().items()}
         result["trainer.bad_steps"] = torch.tensor(self.bad_steps)
         for name, value in self.optimizer.state.get(self.parameter, {}).items():
-            result[f"optimizer.{name}"] = self._whole(value) if value.dim() else value
+            whole = self._whole(value) if value.dim() else value
+            if keep:
+                result[f"optimizer.{name}"] = whole.cpu()
         return result
 
     def _whole(self, part_P: Tensor) -> Tensor:

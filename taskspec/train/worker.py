@@ -6,11 +6,12 @@ the barrier come in as arguments.
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -122,6 +123,7 @@ def train_worker(
     trainer = Trainer(config, resumed.encoder, torch.device(device), task_owners(config, plan, workers))
     if resumed.tensors:
         trainer.load(resumed.tensors)
+        resumed.tensors.clear()  # as large as the optimizer
     dev = dev_batches(
         prepared,
         text_tokenizer(config, resumed.tokenizer),
@@ -136,7 +138,7 @@ def train_worker(
         at_start = trainer.evaluate(dev)
         if log:
             log.dev_at_start = at_start
-    described, waited, started = False, 0.0, time.perf_counter()
+    described, waited, published, started = False, 0.0, 0.0, time.perf_counter()
     stream = batches(job, resumed.tokenizer, rank, workers, resumed.step)
     for step in range(resumed.step, config.train.steps):
         asked = time.perf_counter()
@@ -153,8 +155,9 @@ def train_worker(
 
         # once in a while: measure dev accuracy and publish a checkpoint
         if last or done % config.train.checkpoint_every == 0:
+            paused = time.perf_counter()
             accuracy = trainer.evaluate(dev)
-            state = trainer.state()
+            state = trainer.state(keep=log is not None)
             folder = f"step-{done:08d}"
             if log:
                 log.dev_accuracy = accuracy
@@ -171,6 +174,7 @@ def train_worker(
                 mean = sum(accuracy.values()) / len(accuracy) if accuracy else None
                 run = add_to_run(run, job.run, folder, mean, finished=last)
             barrier({"step": done, **accuracy})
+            published += time.perf_counter() - paused
 
         # once in a while: one line for the console, JSONL and TensorBoard
         if described and (result.skipped is None or last):  # else the next step is described instead
@@ -178,10 +182,23 @@ def train_worker(
             peak = trainer.peak_bytes()
             if log:
                 now = time.perf_counter()
-                log.write(done, result, seconds=now - started, waited=waited, peak=peak)
-                waited, started = 0.0, now
+                pace = Pace(seconds=now - started - published, waited=waited, checkpoint_seconds=published)
+                log.write(done, result, pace, peak=peak)
+                waited, published, started = 0.0, 0.0, now
     if log:
         log.close()
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds since the last line of the log."""
+
+    seconds: float
+    """Of the steps, waiting included."""
+    waited: float
+    """For batches."""
+    checkpoint_seconds: float
+    """Of measuring dev accuracy and publishing checkpoints."""
 
 
 class Log:
@@ -196,6 +213,7 @@ class Log:
 
         self._trainer = trainer
         self._name = store.join(job.run, "metrics", f"step-{start:08d}.jsonl")
+        self._started = datetime.datetime.now(datetime.UTC).isoformat()
         self._lines: list[str] = []
         self._results: list[StepResult] = []
         self._skipped: list[str] = []
@@ -210,36 +228,38 @@ class Log:
         else:
             self._skipped.append(result.skipped)
 
-    def write(self, step: int, result: StepResult, *, seconds: float, waited: float, peak: int) -> None:
+    def write(self, step: int, result: StepResult, pace: Pace, *, peak: int) -> None:
         """Writes a line of the steps since the last one, with the weights of this one if it was taken.
 
-        Args: seconds, waited: since the last line. peak: bytes, of the worker that took most so far.
+        Args: peak: bytes, of the worker that took most so far.
         """
-        if not self._results:
-            return
-        loss_T = torch.stack([r.loss_T for r in self._results]).mean(0).tolist()
-        accuracy_T = torch.stack([r.accuracy_T for r in self._results]).mean(0).tolist()
-        tasks: dict[str, dict[str, float]] = {}
-        for task, loss, accuracy in zip(self._trainer.tasks, loss_T, accuracy_T, strict=True):
-            tasks[task] = {"loss": loss, "train_accuracy": accuracy}
-            if task in self.dev_accuracy:
-                tasks[task]["dev_accuracy"] = self.dev_accuracy[task]
+        taken = self._results
+        tasks: dict[str, dict[str, float]] = {task: {} for task in self._trainer.tasks}
+        if taken:
+            loss_T = torch.stack([one.loss_T for one in taken]).mean(0).tolist()
+            accuracy_T = torch.stack([one.accuracy_T for one in taken]).mean(0).tolist()
+            for task, loss, accuracy in zip(self._trainer.tasks, loss_T, accuracy_T, strict=True):
+                tasks[task] = {"loss": loss, "train_accuracy": accuracy}
+        for task, accuracy in self.dev_accuracy.items():
+            tasks[task]["dev_accuracy"] = accuracy
         said = None if result.skipped else result.specialized
-        queries = self._queries_per_step * len(self._results)
+        queries = self._queries_per_step * len(taken)
         line = {
             "step": step,
+            "start": self._started,
             "tasks": tasks,
             "entropy": said and said.entropy,
             "saturation": said and said.saturation,
             "saturated_energy": said and said.saturated_energy,
             "gradient_norm": said and result.gradient_norm,
             "gradient_ratio": said and result.gradient_ratio,
-            "clip_rate": sum(r.clipped for r in self._results) / len(self._results),
+            "clip_rate": sum(one.clipped for one in taken) / len(taken) if taken else None,
             "learning_rate": result.learning_rate,
             "queries": queries,
-            "seconds": seconds,
-            "queries_per_second": queries / seconds,
-            "wait_share": waited / seconds,
+            "seconds": pace.seconds,
+            "checkpoint_seconds": pace.checkpoint_seconds,
+            "queries_per_second": queries / pace.seconds,
+            "wait_share": pace.waited / pace.seconds,
             "bytes_sent": self._trainer.collectives.bytes_sent,
             "stability": {
                 task: {layer: asdict(estimate) for layer, estimate in layers.items()}
@@ -279,9 +299,16 @@ def read_metrics(run: str) -> list[dict[str, Any]]:
     return [lines[step] for step in sorted(lines)]
 
 
+def seconds_taken(lines: Sequence[Mapping[str, Any]]) -> float:
+    """Of a run by its lines, checkpoints included; not what came before its first step, nor what restarts lost."""
+    return float(sum(line["seconds"] + line["checkpoint_seconds"] for line in lines))
+
+
 def console_line(line: dict[str, Any], steps: int) -> str:
     """One short line of a step for a person: means over tasks, the task with the highest loss by name."""
     tasks = line["tasks"]
+    if not line["queries"]:
+        return f"step {line['step']}/{steps}  no step was taken since the last line"
     loss = sum(t["loss"] for t in tasks.values()) / len(tasks)
     hardest = max(tasks, key=lambda task: tasks[task]["loss"])
     dev = [t["dev_accuracy"] for t in tasks.values() if "dev_accuracy" in t]
