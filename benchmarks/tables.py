@@ -1,17 +1,20 @@
 """The tables of trials that were kept: `python benchmarks/tables.py benchmarks/trials/world`.
 
 A trial is a file of `<artifacts>/sweep/trials`, which `jobs.sweep` writes; some behind the tables of README.md are kept
-here by row and seed. What is printed is what `jobs.sweep` prints when it ends.
+here by row and seed. What is printed is what `jobs.sweep` prints when it ends. A row is named by its arm, so trials of
+two arms of one name must not lie in one folder.
 
     python benchmarks/tables.py artifacts/evidence/sweep/trials --keep benchmarks/trials/world
 """
 
 import argparse
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 from taskspec.evaluate.comparison import STRENGTH, Comparison
+from taskspec.evaluate.comparison_text import comparison_text
 from taskspec.evaluate.trials import Trial
 
 
@@ -32,20 +35,28 @@ def main() -> None:
     ]
     if arguments.keep:
         keep(chosen, arguments.keep)
-    chosen.sort(key=lambda trial: (trial.row != arguments.baseline, trial.row, trial.seed or 0))
+    # Strengths by their numbers, not as text.
+    chosen.sort(
+        key=lambda one: (one.row != arguments.baseline, one.arm, str(one.values.keys()), [*one.values.values()])
+    )
     comparison = Comparison.of(chosen, arguments.baseline)
-    print(comparison.to_text(), comparison.task_table_text(), sep="\n\n")
+    print(comparison_text(comparison))
     for arm in dict.fromkeys(trial.arm for trial in chosen):
         if found := comparison.recommend(arm, STRENGTH):
-            print(f"\n{arm}: recommended strength {found.value:g}: {found.reason}")
+            ship = arguments.baseline if found.value is None else f"strength {found.value:g}"
+            print(f"\n{arm}: recommended: {ship}: {found.reason}" + ("; an end of the range" if found.end else ""))
 
 
 def keep(trials: list[Trial], folder: Path) -> None:
     """Writes them without the URIs of checkpoints, which only the machine that made them has."""
     folder.mkdir(parents=True, exist_ok=True)
+    written: dict[str, str] = {}
     for trial in trials:
-        name = trial.row.replace(" ", "-") + ("" if trial.seed is None else f"-seed-{trial.seed}")
+        parts = [trial.row, trial.candidate, "" if trial.seed is None else f"seed-{trial.seed}"]
+        name = re.sub(r"[^\w.=-]+", "-", "-".join(filter(None, parts)))
         content = json.dumps(replace(trial, checkpoint=None).to_json(), separators=(",", ":"))
+        if written.setdefault(name, content) != content:
+            raise SystemExit(f"{folder / name}.json: two trials of one row and seed; name the rows that are meant")
         (folder / f"{name}.json").write_text(content + "\n")
 
 

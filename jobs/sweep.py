@@ -10,10 +10,12 @@ what is missing.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,11 +24,11 @@ from jobs import cli
 from jobs.pipeline import Inputs, make_inputs
 from taskspec import store
 from taskspec.arms import Arms, Candidate, expand, read_arms
-from taskspec.config import Config
-from taskspec.errors import TrainingError
+from taskspec.config import Config, canonical_sha256
+from taskspec.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
-    from taskspec.evaluate.comparison import Comparison
+    from taskspec.evaluate.comparison import Comparison, Row
     from taskspec.evaluate.trials import Trial
 
 TRIAL_CPUS = 0.01
@@ -54,8 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Returns: `uri` of the report, `rows` with average, spread and difference to the baseline, and `recommended`
-    strengths by arm."""
+    """Returns: `uri` of the report, `rows` with average, spread and difference to the baseline, and by arm the
+    `recommended` strength, null where the baseline is."""
     arguments = build_parser().parse_args(argv)
     config = cli.configuration(arguments)
     arms = read_arms(arguments.arms)
@@ -63,27 +65,56 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     from taskspec import cluster
     from taskspec.evaluate.comparison import STRENGTH
+    from taskspec.evaluate.comparison_text import comparison_text
     from taskspec.train.launch import needed_cpus
 
     cluster.connect(config.cluster)
     at_once = config.sweep.concurrent
-    cluster.require(f"{at_once} trial(s) at a time", cpus=at_once * needed_cpus(config), wait_s=config.cluster.wait_s)
-    comparison = sweep(config, arms, candidates)
-    tables = [comparison.to_text(), comparison.task_table_text()]
-    print("\n" + "\n\n".join(filter(None, tables)) + "\n", flush=True)
+    cpus = at_once * max(needed_cpus(candidate.config) for candidate in candidates)
+    cluster.require(f"{at_once} trial(s) at a time", cpus=cpus, wait_s=config.cluster.wait_s)
+    with _alone(config.artifacts):
+        comparison = sweep(config, arms, candidates)
+    print(f"\n{comparison_text(comparison)}\n", flush=True)
     recommended = {}
     for name in arms.arms:
         found = comparison.recommend(name, STRENGTH)
         if found:
-            warning = "".join(f"; {end:g} lies at an end of the range: try more" for end in found.ends)
-            print(f"{name}: recommended strength {found.value:g}: {found.reason}{warning}", flush=True)
+            ship = arms.baseline if found.value is None else f"strength {found.value:g}"
+            warning = "; it lies at an end of the range: try more" if found.end else ""
+            print(f"{name}: recommended: {ship}: {found.reason}{warning}", flush=True)
             recommended[name] = found.value
+        elif comparison.curve_to_ship(name, STRENGTH):
+            print(f"{name}: no strength is recommended: its rows share fewer than 2 seeds, and one shows nothing")
     report = _write_report(config, Path(arguments.arms).stem, arms, comparison)
-    rows = [
-        {"row": row.name, "average": row.average, "std": row.std, "difference": comparison.difference(row.name).mean}
-        for row in comparison.rows
-    ]
+    rows = [_row(comparison, row) for row in comparison.rows]
     return {"uri": report, "rows": rows, "recommended": recommended}
+
+
+@contextmanager
+def _alone(artifacts: str) -> Iterator[None]:
+    """Two sweeps would train the same runs in the same folders. S3 has no locks: there it is on the user.
+
+    Raises: ConfigError if another one has the folder.
+    """
+    if store.is_s3(artifacts):
+        yield
+        return
+    folder = Path(artifacts, "sweep")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"{folder}: another sweep is at work there; wait for it, or set artifacts") from error
+        yield
+
+
+def _row(comparison: Comparison, row: Row) -> dict[str, Any]:
+    result: dict[str, Any] = {"row": row.name, "average": row.average, "std": row.std, "seeds": row.seeds}
+    if row is not comparison.baseline:
+        found = comparison.difference(row.name)
+        result["difference"] = asdict(found) | {"verdict": found.verdict}
+    return result
 
 
 def sweep(config: Config, arms: Arms, candidates: Sequence[Candidate]) -> Comparison:
@@ -126,26 +157,48 @@ def _run_trials(config: Config, trials: Sequence[Planned], inputs: Inputs, folde
     from ray import tune
 
     run_one = partial(_trial, trials=trials, inputs=inputs, folder=folder)
-    with tempfile.TemporaryDirectory() as scratch:
-        tuner = tune.Tuner(
-            tune.with_resources(run_one, {"CPU": TRIAL_CPUS}),
-            param_space={"number": tune.grid_search(list(range(len(trials))))},
-            tune_config=tune.TuneConfig(max_concurrent_trials=config.sweep.concurrent),
-            run_config=tune.RunConfig(name="sweep", storage_path=scratch, verbose=0, callbacks=[_progress(trials)]),
-        )
-        results = tuner.fit()
-    failed = [
-        f"{_label(trials[result.config['number']])}: {str(result.error).strip().splitlines()[-1]}"
-        for result in results
-        if result.error
-    ]
+    progress = _progress(trials)
+    failed = []
+    for wave in waves(trials):
+        with tempfile.TemporaryDirectory() as scratch:
+            tuner = tune.Tuner(
+                tune.with_resources(run_one, {"CPU": TRIAL_CPUS}),
+                param_space={"number": tune.grid_search(wave)},
+                tune_config=tune.TuneConfig(max_concurrent_trials=config.sweep.concurrent),
+                run_config=tune.RunConfig(name="sweep", storage_path=scratch, verbose=0, callbacks=[progress]),
+            )
+            results = tuner.fit()
+        failed += [f"{_label(trials[one.config['number']])}: {_last_line(one.error)}" for one in results if one.error]
+        if not failed and not all(store.exists(_file(folder, trials[number].key)) for number in wave):
+            raise KeyboardInterrupt  # Tune takes Ctrl-C for itself and returns as if it had finished
     if failed:
         raise TrainingError(
             f"{len(failed)} of {len(trials)} trials failed, the others are kept: {'; '.join(failed)}; "
             f"run the same command again to make what is missing"
         )
-    if not all(store.exists(_file(folder, trial.key)) for trial in trials):
-        raise KeyboardInterrupt  # Tune takes Ctrl-C for itself and returns as if it had finished
+
+
+def waves(trials: Sequence[Planned]) -> list[list[int]]:
+    """The numbers of trials that may be made at the same time: those that need the same training run, because they
+    differ in what is measured, go one after the other, and the later ones find it trained."""
+    from taskspec.train.checkpoint import training_identity
+
+    result: list[list[int]] = []
+    taken: list[set[str]] = []
+    for number, trial in enumerate(trials):
+        runs = {} if trial.seed is None else trial.candidate.runs(trial.seed)
+        ids = {canonical_sha256(training_identity(run)) for run in runs.values()}
+        wave = next((wave for wave, others in enumerate(taken) if not ids & others), len(taken))
+        if wave == len(taken):
+            result.append([])
+            taken.append(set())
+        result[wave].append(number)
+        taken[wave] |= ids
+    return result
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 def _trial(point: dict[str, Any], trials: Sequence[Planned], inputs: Inputs, folder: str) -> None:
@@ -198,23 +251,22 @@ def _progress(trials: Sequence[Planned]) -> Any:
             self.done = 0
 
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            print(f"sweep: {self.label(trial)}: started", flush=True)
+            print(f"sweep: {label(trial)}: started", flush=True)
 
         def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
             self.done += 1
             minutes = (time.monotonic() - self.started) / 60
-            left = minutes / self.done * (self.total - self.done)
+            left = minutes / self.done * (total - self.done)
             print(
-                f"sweep: {self.label(trial)}: R-precision {100 * result['average']:.1f} "
-                f"({self.done} of {self.total} in {minutes:.0f} min, about {left:.0f} min left)",
+                f"sweep: {label(trial)}: R-precision {100 * result['average']:.1f} "
+                f"({self.done} of {total} in {minutes:.0f} min, about {left:.0f} min left)",
                 flush=True,
             )
 
-        @staticmethod
-        def label(trial: Any) -> str:
-            return _label(trials[trial.config["number"]])
+    total = len(trials)
 
-        total = len(trials)
+    def label(trial: Any) -> str:
+        return _label(trials[trial.config["number"]])
 
     return Progress()
 
@@ -231,6 +283,7 @@ def _write_report(config: Config, name: str, arms: Arms, comparison: Comparison)
         "Seeds": ", ".join(map(str, config.sweep.seeds)),
         "Baseline": arms.baseline,
         "Training": f"{config.train.steps} steps of {config.mixing.queries_per_step} queries",
+        "Trials made by": ", ".join(sorted({one.code for row in comparison.rows for one in row.used_trials()})),
         "Artifacts": config.artifacts,
     }
     with tempfile.TemporaryDirectory() as scratch:
@@ -239,9 +292,11 @@ def _write_report(config: Config, name: str, arms: Arms, comparison: Comparison)
             comparison,
             title=f"{config.name}: {name}",
             facts=facts,
-            questions={arm: plan.question for arm, plan in arms.arms.items()},
+            arms=arms.arms,
             config=config,
         )
+        for old in store.list_files(target):
+            store.delete(old)
         for path in sorted(Path(scratch).iterdir()):
             store.write_bytes(store.join(target, path.name), path.read_bytes())
     return store.join(target, page.name)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import taskspec
 from jobs.pipeline import Inputs, train_run
 from taskspec import artifacts, store
 from taskspec.arms import Candidate
@@ -27,7 +30,7 @@ COURSE = ("entropy", "saturation", "gradient_ratio", "clip_rate")
 def trial_key(candidate: Candidate, seed: int | None, inputs: Inputs) -> str:
     """sha256, 16 hex characters, of the configuration and inputs that decide a trial's numbers.
 
-    Not of the code, nor of workers and threads, which decide only the rounding.
+    Not of the code, which a trial names (`Trial.code`), nor of workers and threads, which decide only the rounding.
     """
     plan = candidate.plan
     runs = {} if seed is None else {task: training_identity(one) for task, one in candidate.runs(seed).items()}
@@ -36,7 +39,7 @@ def trial_key(candidate: Candidate, seed: int | None, inputs: Inputs) -> str:
         plan.lexical,
         plan.held_out,
         plan.analyze,
-        config.index.precision,
+        config.index.model_dump(mode="json", include={"precision", "kind", "recall", "recall_at"}),
         config.evaluate.model_dump(mode="json"),
     ]
     return canonical_sha256([runs, measured, encoder_id(config), inputs.ids()])[:16]
@@ -79,14 +82,23 @@ def _lexical_trial(candidate: Candidate, prepared: PreparedData) -> Trial:
         candidate=candidate.label,
         seed=None,
         scores={row.task: row.per_query_rprec for row in rows},
+        code=code_id(),
     )
+
+
+@cache
+def code_id() -> str:
+    """The library's version and 8 hex characters of its source's sha256."""
+    root = Path(taskspec.__file__).parent
+    source = {str(path.relative_to(root)): store.file_sha256(path) for path in sorted(root.rglob("*.py"))}
+    return f"{taskspec.__version__}+{canonical_sha256(source)[:8]}"
 
 
 def _dense_trial(candidate: Candidate, seed: int, config: Config, inputs: Inputs, prepared: PreparedData) -> Trial:
     from taskspec.evaluate.zero_shot import zero_shot
     from taskspec.index.build import build_index
     from taskspec.retrieve.retriever import Retriever
-    from taskspec.train.worker import read_metrics
+    from taskspec.train.worker import read_metrics, seconds_taken
 
     plan = candidate.plan
     run = train_run(config, inputs)
@@ -110,7 +122,7 @@ def _dense_trial(candidate: Candidate, seed: int, config: Config, inputs: Inputs
         cost=Cost(
             retrievers=1,
             training_queries=sum(line["queries"] for line in lines),
-            training_seconds=sum(line["seconds"] for line in lines),
+            training_seconds=seconds_taken(lines),
             parameters=sum(parameter.numel() for parameter in encoder.encoder.parameters()),
             index_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
             passages_embedded=built.passages,
@@ -119,6 +131,7 @@ def _dense_trial(candidate: Candidate, seed: int, config: Config, inputs: Inputs
         ownership=ownership,
         ablations=ablations,
         checkpoint=run.best_uri,
+        code=code_id(),
     )
     if not config.sweep.keep_indexes:
         artifacts.remove(index)

@@ -44,6 +44,17 @@ class Arm(Section):
     analyze: bool = False
     """Also measure who owns which parameter, and what zeroing the owned ones does."""
 
+    def describe(self) -> str:
+        """What it changes, in a line; empty for the configuration as it is."""
+        parts = [f"{key}={value}" for key, value in self.set.items()]
+        parts += [f"{key} one of {', '.join(map(str, values))}" for key, values in self.grid.items()]
+        parts += [f"{key} chosen from {', '.join(map(str, values))}" for key, values in self.choose.items()]
+        parts += [f"held out: {', '.join(self.held_out)}"] if self.held_out else []
+        if self.per_task:
+            parts.append(f"one retriever per task, {'its share of' if self.per_task == 'share' else 'all'} the queries")
+        parts += ["BM25"] if self.lexical else []
+        return "; ".join(parts)
+
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Self:
         if self.lexical and (self.set or self.grid or self.choose or self.held_out or self.per_task or self.analyze):
@@ -127,12 +138,12 @@ def expand(arms: Arms, config: Config) -> list[Candidate]:
             row = " ".join([name, *map(_setting, values.items())])
             for chosen in _combinations(arm.choose):
                 label = " ".join(map(_setting, chosen.items()))
-                changes = {**arm.set, **values, **chosen}
+                changed = with_values(config, {**arm.set, **values, **chosen}, f"arm {row}")
                 if arm.held_out:
                     for task in arm.held_out:
                         config.task(task)
-                    changes["train.tasks"] = [t.name for t in config.trained_tasks if t.name not in arm.held_out]
-                changed = with_values(config, changes, f"arm {row}")
+                    trained = [task.name for task in changed.trained_tasks if task.name not in arm.held_out]
+                    changed = with_values(changed, {"train.tasks": trained}, f"arm {row}")
                 result.append(Candidate(name, row, values, label, arm, changed))
     rows = dict.fromkeys(candidate.row for candidate in result)
     if arms.baseline not in rows:

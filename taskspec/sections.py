@@ -229,6 +229,8 @@ class Index(Section):
     """Passages that an actor embeds per call; it sorts them by length into smaller batches."""
     precision: Precision = "fp32"
     """Of the passages' embedding, as `train.precision`."""
+    gpu: bool = False
+    """One GPU per actor; FAISS stays on CPUs."""
     lexical: bool = False
     """Also a BM25 index of the passages, so that searches can fuse both rankings."""
 
@@ -247,6 +249,12 @@ class Evaluate(Section):
         if not at or min(at) < 1:
             raise ValueError(f"needs numbers ≥ 1 but got {list(at)}")
         return at
+
+    @model_validator(mode="after")
+    def _reaches(self) -> Self:
+        if self.top_k < max(self.at):
+            raise ValueError(f"top_k is {self.top_k} but at asks for recall@{max(self.at)}; set top_k to that or more")
+        return self
 
 
 class Cluster(Section):

@@ -240,9 +240,12 @@ def download(uri: str, path: Path) -> None:
 
 
 def delete(uri: str) -> None:
-    """Removes one file from S3; one that is not there is no error. Raises: StoreError."""
+    """Removes one file; one that is not there is no error. Raises: StoreError."""
     with named(uri, "removed"):
-        _s3().delete_object(**_place(uri))
+        if is_s3(uri):
+            _s3().delete_object(**_place(uri))
+        else:
+            Path(uri).unlink(missing_ok=True)
 
 
 def is_empty(uri: str) -> bool:

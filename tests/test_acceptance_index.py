@@ -5,14 +5,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from job_process import running, until
 from small_index import publish_model
 
 from taskspec import artifacts
@@ -22,7 +20,6 @@ from taskspec.index.manifest import KIND, IndexManifest
 from taskspec.index.shard import load_shard
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(600)]
-ROOT = Path(__file__).parent.parent
 SHARDS = 4
 
 
@@ -35,29 +32,6 @@ def command(tiny_config: Config, tiny_prepared: PreparedData, tmp_path_factory: 
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     words = ["--config", str(folder / "config.yaml"), "--checkpoint", str(folder / "model")]
     return [sys.executable, "-m", "jobs.index", *words, "--prepared", tiny_prepared.artifact.uri]
-
-
-@contextmanager
-def running(command: list[str], out: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The job in a Ray of its own."""
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [*command, "--out", str(out)], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
-        )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-def until(found: Callable[[], object], process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 240
-    while not found():
-        assert process.poll() is None, f"it ended before:\n{log.read_text()}"
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.02)
 
 
 def descendants(pid: int, name: str) -> list[int]:
@@ -87,17 +61,17 @@ def vectors(index: str) -> np.ndarray:
 
 def test_a_killed_job_goes_on_with_the_shards_that_are_missing(command: list[str], tmp_path: Path) -> None:
     whole, broken, log = tmp_path / "whole", tmp_path / "broken", tmp_path / "log"
-    with running(command, whole, log) as process:
+    with running([*command, "--out", str(whole)], log) as process:
         assert process.wait(300) == 0, log.read_text()
     first = Path(f"{broken}-shards/shard-00000/{artifacts.MANIFEST}")
-    with running(command, broken, log) as process:
+    with running([*command, "--out", str(broken)], log) as process:
         until(first.exists, process, log)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     standing = sorted(path.parent.name for path in Path(f"{broken}-shards").glob(f"shard-*/{artifacts.MANIFEST}"))
     assert 1 <= len(standing) < SHARDS
     before = first.stat().st_mtime_ns
-    with running(command, broken, log) as process:
+    with running([*command, "--out", str(broken)], log) as process:
         until(lambda: f"{len(standing)} of {SHARDS} shards stand already" in log.read_text(), process, log)
         assert first.stat().st_mtime_ns == before
         assert process.wait(300) == 0, log.read_text()
@@ -107,7 +81,7 @@ def test_a_killed_job_goes_on_with_the_shards_that_are_missing(command: list[str
 
 def test_a_killed_embedding_process_is_replaced(command: list[str], tmp_path: Path) -> None:
     out, log = tmp_path / "index", tmp_path / "log"
-    with running(command, out, log) as process:
+    with running([*command, "--out", str(out)], log) as process:
         until(lambda: re.search(r"index: \d+/\d+ passages", log.read_text()), process, log)
         (embedding, *_) = descendants(process.pid, "EmbedPassages")
         os.kill(embedding, signal.SIGKILL)

@@ -1,11 +1,10 @@
-"""Slow and real: workers killed with signal 9 on a real cluster, sweeps, whole pipelines."""
+"""Slow and real: workers killed with signal 9 on a real cluster, plans, whole pipelines."""
 
-import json
 import os
-import shutil
 import signal
 import threading
 import time
+import uuid
 from dataclasses import replace
 
 import pytest
@@ -13,15 +12,13 @@ import safetensors.torch
 import torch
 
 from jobs.pipeline import run_pipeline
-from jobs.sweep import sweep
 from taskspec import store
-from taskspec.arms import expand, read_arms
 from taskspec.config import with_values
 from taskspec.data.prepared import PreparedData
-from taskspec.errors import TrainingError
+from taskspec.errors import DivergedError
 from taskspec.train.checkpoint import STATE_FILE, read_run
-from taskspec.train.launch import plan, train
-from taskspec.train.worker import TrainJob, read_metrics
+from taskspec.train.launch import fit, plan, start_run, train
+from taskspec.train.worker import TrainJob, local_batches, read_metrics
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(900)]
 
@@ -88,21 +85,30 @@ def test_a_run_with_a_killed_worker_recovers_by_itself_and_ends_with_the_same_bi
             assert torch.equal(value, theirs[key]), key
 
 
-def test_a_worker_that_always_fails_ends_the_run_with_its_own_message(tiny_config, tiny_prepared, tmp_path):
+def test_a_run_that_diverges_ends_at_once_with_the_reason(tiny_config, tiny_prepared, tmp_path):
     config = with_values(
         tiny_config,
         {
             "contrastive.negatives": 0,
             "contrastive.temperature": 1e-30,
             "train.steps": 3,
-            "train.max_failures": 0,
+            "train.max_failures": 3,
             "train.max_bad_steps": 0,
-            "train.workers": 1,
+            "train.workers": 2,
         },
     )
     job = TrainJob(config, tiny_prepared.artifact.uri, None, str(tmp_path / "run"))
-    with pytest.raises(TrainingError, match=r"step 0: the gradient of .* is not finite; .* lower train\.learning_rate"):
-        train(job)
+    start_run(job)
+    starts = tmp_path / "starts"
+    starts.mkdir()
+
+    def told(job, tokenizer, rank, workers, start):
+        (starts / uuid.uuid4().hex).touch()
+        return local_batches(job, tokenizer, rank, workers, start)
+
+    with pytest.raises(DivergedError, match=r"step 0: the gradient of .* is not finite; .* lower train\.learning_rate"):
+        fit(job, told)
+    assert len(list(starts.iterdir())) == 2, "the workers were started again"
 
 
 def test_a_plan_tries_steps_and_leaves_only_itself_and_the_run_ends_beside_it(
@@ -142,88 +148,6 @@ def test_a_pipeline_makes_every_stage_once_and_a_second_run_nothing(tiny_config,
     assert again.table == first.table
     assert said.count("stands already") == 5, said  # prepared data, negatives, two indexes, the evaluation
     assert {name: os.stat(name).st_mtime_ns for name in made} == made
-
-
-ARMS = """
-baseline: mean
-arms:
-  bm25: {lexical: true}
-  mean: {set: {specialization.method: mean}}
-  single: {per_task: share, seeds: 1, set: {train.steps: 1}}
-  taco: {analyze: true, grid: {specialization.strength: [0.0, 2.0]}}
-  few: {held_out: [wow], choose: {train.learning_rate: [0.001, 0.002]}, seeds: 1}
-"""
-
-
-def test_a_sweep_compares_its_arms_and_makes_again_only_what_is_missing(tiny_config, ray_cluster, tmp_path, capfd):
-    three = [task for task in tiny_config.model_dump(mode="json")["tasks"] if task["name"] in ("fever", "nq", "wow")]
-    config = with_values(
-        tiny_config,
-        {
-            "artifacts": str(tmp_path / "artifacts"),
-            "tasks": three,
-            "train.steps": 4,
-            "train.workers": 1,
-            "specialization.warmup": 0,
-            "specialization.min_warmup_steps": 0,
-            "sweep.seeds": [0, 1],
-        },
-    )
-    (tmp_path / "arms.yaml").write_text(ARMS)
-    arms = read_arms(str(tmp_path / "arms.yaml"))
-    candidates = expand(arms, config)
-    comparison = sweep(config, arms, candidates)
-    rows = ["bm25", "mean", "single", "taco strength=0", "taco strength=2", "few"]
-    assert [row.name for row in comparison.rows] == rows
-    zeros = zip(comparison.row("taco strength=0").trials, comparison.row("mean").trials, strict=True)
-    for taco, mean in zeros:  # strength 0 is mean, bit for bit
-        mine, theirs = (
-            safetensors.torch.load_file(store.join(t.checkpoint, "model.safetensors")) for t in (taco, mean)
-        )
-        assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
-    assert len(comparison.row("single").scores) == len(config.tasks)
-    assert comparison.row("single").trials[0].cost.retrievers == len(config.tasks)
-    assert set(comparison.row("few").scores) == {t.name for t in config.tasks} - {"wow"}
-    assert set(comparison.zero_shot_row("few", "no prompt").scores) == {"wow"}
-    assert comparison.row("taco strength=2").trials[0].ownership is not None
-    assert not store.list_files(store.join(config.artifacts, "sweep", "indexes")), "indexes are removed when measured"
-
-    trials = store.list_files(store.join(config.artifacts, "sweep", "trials"))
-    lost = next(name for name in trials if b'"row": "taco strength=2", ' in store.read_bytes(name))
-    before = store.read_bytes(lost)
-    os.unlink(lost)
-    shutil.rmtree(os.path.dirname(json.loads(before)["checkpoint"]))
-    capfd.readouterr()
-    again = sweep(config, arms, candidates)
-    assert f"{len(trials)} trials in" in (said := capfd.readouterr().out)
-    assert f"{len(trials) - 1} stand already" in said
-    assert again.row("taco strength=2").averages_S().tolist() == comparison.row("taco strength=2").averages_S().tolist()
-    mine, theirs = json.loads(before), json.loads(store.read_bytes(lost))
-    assert {key: mine[key] for key in ("scores", "ownership", "ablations")} == {
-        key: theirs[key] for key in ("scores", "ownership", "ablations")
-    }
-
-
-def test_a_sweep_with_a_failing_arm_keeps_the_others_and_names_it(tiny_config, ray_cluster, tmp_path):
-    config = with_values(
-        tiny_config,
-        {
-            "artifacts": str(tmp_path / "artifacts"),
-            "train.steps": 2,
-            "train.workers": 1,
-            "train.max_failures": 0,
-            "train.max_bad_steps": 0,
-            "sweep.seeds": [0],
-        },
-    )
-    (tmp_path / "arms.yaml").write_text(
-        "{baseline: mean, arms: {bad: {set: {contrastive.temperature: 1.0e-30}}, "
-        "mean: {set: {specialization.method: mean}}}}"
-    )
-    arms = read_arms(str(tmp_path / "arms.yaml"))
-    with pytest.raises(TrainingError, match=r"1 of 2 trials failed, the others are kept: bad, seed 0: .*not finite"):
-        sweep(config, arms, expand(arms, config))
-    assert len(store.list_files(store.join(config.artifacts, "sweep", "trials"))) == 1
 
 
 def test_ray_train_runs_with_its_run_folder_on_s3(tiny_config, tiny_prepared, s3_bucket):

@@ -96,3 +96,26 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         read_arms(str(tmp_path / "gone.yaml"))
     with pytest.raises(ConfigError, match=r"strenght: neither a file nor a preset; presets: strength"):
         read_arms("strenght")
+
+
+def test_an_arm_that_trains_few_tasks_holds_out_of_those(config, tmp_path):
+    tree = "{baseline: few, arms: {few: {set: {train.tasks: [fever, nq, wow]}, held_out: [wow]}}}"
+    (found,) = expand(arms(tree, tmp_path), config)
+    assert {task.name for task in found.config.trained_tasks} == {"fever", "nq"}
+
+
+def test_an_arm_says_what_it_changes_in_a_line(tmp_path):
+    found = arms(
+        "{baseline: mean, arms: {bm25: {lexical: true}, mean: {}, taco: {set: {specialization.decay: 0.9}, "
+        "grid: {specialization.strength: [1, 2]}, choose: {train.learning_rate: [0.1, 0.2]}, held_out: [nq]}, "
+        "single: {per_task: share}, whole: {per_task: all}}}",
+        tmp_path,
+    )
+    assert [arm.describe() for arm in found.arms.values()] == [
+        "BM25",
+        "",
+        "specialization.decay=0.9; specialization.strength one of 1, 2; train.learning_rate chosen from 0.1, 0.2; "
+        "held out: nq",
+        "one retriever per task, its share of the queries",
+        "one retriever per task, all the queries",
+    ]

@@ -6,16 +6,19 @@ from hypothesis import strategies as st
 
 from taskspec.errors import ConfigError
 from taskspec.evaluate import statistics
-from taskspec.evaluate.comparison import (
-    Comparison,
-    Row,
-    difference_text,
-    interval_text,
-    percent,
-    signed,
+from taskspec.evaluate.comparison import Comparison, Row
+from taskspec.evaluate.comparison_text import (
+    ablation_text,
+    comparison_text,
+    cost_text,
+    rows_text,
+    tasks_text,
+    zero_shot_text,
 )
+from taskspec.evaluate.notation import difference_text, interval_text, percent, signed
 from taskspec.evaluate.statistics import Difference, Interval
-from taskspec.evaluate.trials import Trial
+from taskspec.evaluate.trials import WAYS, Cost, Trial
+from taskspec.specialize.analysis import Ablation
 
 STRENGTH = "specialization.strength"
 
@@ -25,8 +28,9 @@ def _few_resamples(monkeypatch):
     monkeypatch.setattr(statistics, "RESAMPLES", 199)
 
 
-def trial(row="taco", *, seed=0, candidate="", values=None, zero_shot=None, arm=None, **scores):
+def trial(row="taco", *, seed=0, candidate="", values=None, zero_shot=None, arm=None, measured=None, **scores):
     return Trial(
+        **(measured or {}),
         arm=arm or row.split()[0],
         row=row,
         values=values or {},
@@ -213,7 +217,7 @@ def test_rows_without_a_common_seed_are_refused():
 
 def test_a_zero_shot_row_is_measured_by_the_candidate_that_is_best_on_the_trained_tasks():
     def both(candidate, seed, trained, held_out):
-        return trial(candidate=candidate, seed=seed, a=trained, zero_shot={"prompt": {"b": held_out}})
+        return trial(candidate=candidate, seed=seed, a=trained, zero_shot={way: {"b": held_out} for way in WAYS})
 
     trials = [
         both("worse", 0, [0, 0.5], (1.0, 1.0)),
@@ -222,8 +226,9 @@ def test_a_zero_shot_row_is_measured_by_the_candidate_that_is_best_on_the_traine
         both("better", 1, [0.5, 0.5], (0.25, 0.0)),
         both("better", 2, [1, 1], (1.0, 1.0)),  # a seed that `worse` lacks
     ]
-    row = Comparison.of([trial("mean", a=[0, 0]), *trials], baseline="mean").zero_shot_row("taco", "prompt")
-    assert row is not None
+    ((of, ways),) = Comparison.of([trial("mean", a=[0, 0]), *trials], baseline="mean").zero_shot_rows().items()
+    assert of.name == "taco"
+    row = ways["prompt"]
     assert listed(row.scores) == {"b": [[0.5, 0.0], [0.25, 0.0]]}
     assert (row.name, row.seeds, row.candidates) == ("taco", (0, 1), {"better": 0.1875})
 
@@ -234,14 +239,21 @@ def test_a_zero_shot_row_can_be_compared_with_a_row_that_trained_on_the_task():
         trial("taco", a=[0, 0], zero_shot={"prompt": {"b": (0.5, 0.0)}, "no prompt": {"b": (0.0, 0.0)}}),
     ]
     comparison = Comparison.of(trials, baseline="mean")
-    for way, mean in (("prompt", -0.75), ("no prompt", -1)):
-        row = comparison.zero_shot_row("taco", way)
-        assert row is not None
-        assert row.minus(comparison.baseline).mean == mean
+    (ways,) = comparison.zero_shot_rows().values()
+    assert [ways[way].minus(comparison.baseline).mean for way in WAYS] == [-0.75, -1]
 
 
-def test_a_row_without_held_out_tasks_has_no_zero_shot_row():
-    assert Comparison.of([trial("mean", a=[0])], baseline="mean").zero_shot_row("mean", "prompt") is None
+def test_zero_shot_answers_are_compared_with_the_baselines_or_with_those_of_the_lowest_strength():
+    def held(row, strength=None):
+        values = {} if strength is None else {STRENGTH: strength}
+        return trial(row, values=values, a=[0], zero_shot={way: {"b": (0.5,)} for way in WAYS})
+
+    rows = [held("taco", 2), held("mean"), held("other", 1)]
+    for trials, baseline, reference in ((rows, "other", "other"), ([*rows, trial("all", a=[0], b=[0])], "all", "mean")):
+        comparison = Comparison.of(trials, baseline=baseline)
+        found = comparison.zero_shot_rows()
+        assert len(found) == 3
+        assert {comparison.zero_shot_reference(row, found).name for row in found} == {reference}
 
 
 # --- curves -----------------------------------------------------------------------------------------------------------
@@ -285,56 +297,72 @@ def test_one_point_recommends_nothing():
     assert strengths({1: [0.5, 0.5]}).recommend("taco", STRENGTH) is None
 
 
-def test_the_smallest_strength_that_is_not_shown_to_be_lower_is_recommended():
-    # Against 2, strength 0 is lower by 0.3 with every seed, 0.5 by 0.1 or not at all, and 1 is lower again.
-    found = strengths({0: [0.3, 0.3], 0.5: [0.5, 0.6], 1: [0.3, 0.3], 2: [0.6, 0.6], 4: [0.5, 0.5]}).recommend(
-        "taco", STRENGTH
-    )
+def against_mean(averages: dict[float, list[float]], mean: float = 0.3) -> Comparison:
+    """A curve, and a baseline that has the same score with every seed."""
+    curve = [one for row in strengths(averages).rows for one in row.trials]
+    seeds = max(map(len, averages.values()))
+    return Comparison.of([*(trial("mean", seed=n, a=[mean] * 4) for n in range(seeds)), *curve], baseline="mean")
+
+
+def test_the_best_of_the_strengths_that_are_shown_to_be_higher_is_recommended():
+    # 2 has the highest average of all, but with one of its two seeds it is no better than the baseline.
+    found = against_mean({0.5: [0.4, 0.4], 1: [0.5, 0.5], 2: [0.9, 0.3], 4: [0.3, 0.3]}).recommend("taco", STRENGTH)
     assert found is not None
-    assert (found.value, found.best, found.ends) == (0.5, 2, ())
-    # t for 1 degree of freedom is 12.706, the error (0.1/√2)/√2.
+    assert (found.value, found.end) == (1, False)
     assert found.reason == (
-        "strength 2 has the highest average, 60.0; 0.5 is the smallest that is not shown to be lower "
-        "(−5.0, over queries −5.0 to −5.0, over seeds −68.5 to +58.5)"
+        "1 has the highest average, 50.0 on 2 seeds, of those shown to be higher than mean "
+        "(+20.0, over queries +20.0 to +20.0, over seeds +20.0 to +20.0); not told apart from it: 2"
     )
 
 
-def test_the_best_strength_is_recommended_where_all_smaller_ones_are_lower():
-    found = strengths({0: [0.3, 0.3], 1: [0.5, 0.5], 2: [0.6, 0.6], 4: [0.5, 0.5]}).recommend("taco", STRENGTH)
+def test_the_baseline_is_recommended_where_no_strength_is_shown_to_be_higher():
+    found = against_mean({0.5: [0.2, 0.2], 1: [0.3, 0.5], 2: [0.2, 0.1]}).recommend("taco", STRENGTH)
     assert found is not None
-    assert found.value == found.best == 2
-    assert found.reason == "strength 2 has the highest average, 60.0; all smaller ones are shown to be lower"
+    assert (found.value, found.end) == (None, False)
+    # t for 1 degree of freedom is 12.706, the error (0.2/√2)/√2.
+    assert found.reason == (
+        "none is shown to be higher than mean; 1 has the highest average: "
+        "+10.0, over queries +10.0 to +10.0, over seeds −117.1 to +137.1"
+    )
 
 
-def test_the_smallest_of_equally_good_strengths_is_the_best():
-    found = strengths({0: [0.5, 0.5], 1: [0.5, 0.5]}).recommend("taco", STRENGTH)
+def test_strengths_are_ranked_on_the_seeds_that_all_have_and_shown_on_all_of_their_own():
+    # With its third seed 1 would have the lower average.
+    found = against_mean({0.5: [0.45, 0.45], 1: [0.5, 0.5, 0.32]}).recommend("taco", STRENGTH)
     assert found is not None
-    assert (found.value, found.best) == (0, 0)
-    assert found.reason == "strength 0 has the highest average, 50.0, and is the smallest tried"
+    assert found.value == 0.5, "the interval of 1 over its three seeds reaches below the baseline"
+    steady = against_mean({0.5: [0.45, 0.45], 1: [0.5, 0.5, 0.36]}, mean=0.1).recommend("taco", STRENGTH)
+    assert steady is not None
+    assert steady.value == 1
 
 
-def test_one_seed_recommends_the_smallest_because_it_shows_nothing():
-    found = strengths({0: [0.25], 1: [0.75]}).recommend("taco", STRENGTH)
+def test_the_smallest_of_equally_good_strengths_is_recommended():
+    found = against_mean({0.5: [0.5, 0.5], 1: [0.5, 0.5]}).recommend("taco", STRENGTH)
     assert found is not None
-    assert (found.value, found.best) == (0, 1)
-    assert found.reason.endswith("(−50.0, over queries −50.0 to −50.0, one seed)")
+    assert found.value == 0.5
+    assert found.reason.endswith("; not told apart from it: 1")
+
+
+def test_one_seed_recommends_nothing_because_it_shows_nothing():
+    assert against_mean({0.5: [0.25], 1: [0.75]}).recommend("taco", STRENGTH) is None
+    two_and_one = against_mean({0.5: [0.25, 0.25], 1: [0.75]})
+    assert two_and_one.recommend("taco", STRENGTH) is None
 
 
 @pytest.mark.parametrize(
-    ("averages", "ends"),
+    ("averages", "end"),
     [
-        pytest.param({0: [0.1, 0.1], 1: [0.3, 0.3], 2: [0.2, 0.2]}, (), id="inside"),
-        pytest.param({0: [0.1, 0.1], 1: [0.2, 0.2], 2: [0.3, 0.3]}, (2,), id="the largest"),
-        pytest.param({0.5: [0.3, 0.3], 1: [0.2, 0.2]}, (0.5,), id="the smallest, and smaller ones exist"),
-        pytest.param({0: [0.3, 0.3], 1: [0.2, 0.2]}, (), id="0: nothing lies below"),
-        pytest.param({0.5: [0.2, 0.3], 1: [0.3, 0.3], 2: [0.2, 0.2]}, (0.5,), id="the smallest is not shown lower"),
-        pytest.param({0.5: [0.1, 0.1], 1: [0.2, 0.3], 2: [0.3, 0.3]}, (2,), id="the best, but not the recommended"),
+        pytest.param({0: [0.4, 0.4], 1: [0.6, 0.6], 2: [0.5, 0.5]}, False, id="inside"),
+        pytest.param({0: [0.4, 0.4], 1: [0.5, 0.5], 2: [0.6, 0.6]}, True, id="the largest"),
+        pytest.param({0.5: [0.6, 0.6], 1: [0.5, 0.5]}, True, id="the smallest, and smaller ones exist"),
+        pytest.param({0: [0.6, 0.6], 1: [0.5, 0.5]}, False, id="0: nothing lies below"),
+        pytest.param({0.5: [0.1, 0.1], 1: [0.2, 0.2]}, False, id="the baseline"),
     ],
 )
-def test_a_strength_at_an_end_of_the_range_is_told(averages, ends):
-    found = strengths(averages).recommend("taco", STRENGTH)
+def test_a_strength_at_an_end_of_the_range_is_told(averages, end):
+    found = against_mean(averages).recommend("taco", STRENGTH)
     assert found is not None
-    assert found.ends == ends
+    assert found.end is end
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -357,7 +385,7 @@ def test_the_table_as_it_is_read():
         *(trial("taco", seed=seed, a=[score] * 2, b=[score] * 2) for seed, score in ((0, 0.625), (1, 0.625))),
         trial("held out", seed=0, a=[0.5] * 2),
     ]
-    assert Comparison.of(trials, baseline="mean").to_text().splitlines() == [
+    assert rows_text(Comparison.of(trials, baseline="mean")).splitlines() == [
         "row       seeds  R-precision  difference    over queries      over seeds              verdict",
         "bm25          –         25.0       −25.0  −25.0 to −25.0  −25.0 to −25.0                lower",
         "mean          2   50.0 ± 0.0                                                         baseline",
@@ -372,7 +400,7 @@ def test_the_table_as_it_is_read():
 
 def test_the_table_per_task_as_it_is_read():
     trials = [trial("mean", a=[0.5, 0.25], fever=[1]), trial("held out", fever=[0])]
-    text = Comparison.of(trials, baseline="mean").task_table_text()
+    text = tasks_text(Comparison.of(trials, baseline="mean"))
     assert text is not None
     assert text.splitlines() == [
         "R-precision %     a  fever",
@@ -386,7 +414,7 @@ def test_both_tables_fit_a_terminal_and_names_keep_their_ends():
     tasks = {f"a long task {number}": [0.5, 0] for number in range(5)}
     trials = [trial(name, seed=seed, **tasks) for name in names for seed in range(2)]
     comparison = Comparison.of(trials, baseline=names[0])
-    for text in (comparison.to_text(), comparison.task_table_text()):
+    for text in (rows_text(comparison), tasks_text(comparison)):
         assert text is not None
         assert max(map(len, text.splitlines())) <= 120
         assert all(line.startswith("taco special") for line in text.splitlines()[1:10])
@@ -395,4 +423,53 @@ def test_both_tables_fit_a_terminal_and_names_keep_their_ends():
 
 def test_a_table_of_too_many_tasks_is_left_out():
     tasks = {f"a long task {number}": [0.5, 0] for number in range(8)}
-    assert Comparison.of([trial("mean", **tasks)], baseline="mean").task_table_text() is None
+    assert tasks_text(Comparison.of([trial("mean", **tasks)], baseline="mean")) is None
+
+
+def test_what_else_the_trials_measured_as_it_is_read():
+    zero_shot = {"prompt": {"b": (0.5, 0.0)}, "no prompt": {"b": (0.0, 0.0)}}
+    worse = {"prompt": {"b": (0.0, 0.0)}, "no prompt": {"b": (0.0, 0.0)}}
+    cost = Cost(
+        retrievers=8,
+        training_queries=6400,
+        training_seconds=1.0,
+        parameters=1_000_000,
+        index_bytes=2_500_000,
+        passages_embedded=4456,
+    )
+    ablation = Ablation(
+        share=0.01,
+        owned={"a": {"a": 0.3, "b": 0.1}, "b": {"a": 0.2, "b": 0.1}},
+        random={"a": {"a": 0.1, "b": 0.0}, "b": {"a": 0.0, "b": 0.1}},
+    )
+    trials = [
+        trial("mean", zero_shot=zero_shot, measured={"ablations": {"all elements": ablation}}, a=[1]),
+        trial("taco", zero_shot=worse, measured={"cost": cost, "code": "1.0+b"}, a=[1]),
+    ]
+    comparison = Comparison.of(trials, baseline="mean")
+    assert zero_shot_text(comparison).splitlines() == [
+        "zero-shot R-precision %  prompt  difference              verdict  no prompt  difference              verdict",
+        "mean                       25.0                        reference        0.0                        reference",
+        "  b                        25.0                                         0.0",
+        "taco                        0.0       −25.0  no difference shown        0.0        +0.0  no difference shown",
+        "  b                         0.0                                         0.0",
+    ]
+    assert ablation_text(comparison).splitlines() == [
+        "fall after zeroing, points   own  others  random  own largest  beyond random    both",
+        "mean, all elements          20.0    15.0    10.0       1 of 2         1 of 2  1 of 2",
+    ]
+    assert cost_text(comparison).splitlines() == [
+        "cost  retrievers  training queries  parameters  index, MB  passages per refresh",
+        "taco           8             6,400   1,000,000        2.5                 4,456",
+    ]
+    tables = (rows_text, tasks_text, zero_shot_text, ablation_text, cost_text)
+    assert comparison_text(comparison) == "\n\n".join(table(comparison) for table in tables)
+
+
+def test_trials_of_several_states_of_the_code_are_told():
+    def of(code):
+        return trial("mean" if code == "1.0+a" else "taco", measured={"code": code}, a=[1])
+
+    assert "1.0" not in rows_text(Comparison.of([of("1.0+a")], baseline="mean"))
+    text = rows_text(Comparison.of([of("1.0+a"), of("1.0+b")], baseline="mean"))
+    assert text.splitlines()[-1] == "The trials were made by 2 states of the code: 1.0+a, 1.0+b."

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from taskspec.arms import Arm
 from taskspec.config import Config, parse_config
 from taskspec.evaluate import comparison_figures, statistics
 from taskspec.evaluate.comparison import STRENGTH, Comparison
@@ -176,7 +177,8 @@ def config() -> Config:
 
 
 def written(folder: Path, comparison: Comparison, **changes) -> Page:
-    arguments = {"title": "t", "facts": {}, "questions": {}, "config": config(), **changes}
+    arms = {row.arm: Arm() for row in comparison.rows} | changes.pop("arms", {})
+    arguments = {"title": "t", "facts": {}, "arms": arms, "config": config(), **changes}
     return Page(write_comparison(folder, comparison, **arguments))
 
 
@@ -197,7 +199,10 @@ def page(folder: Path, comparison: Comparison) -> Page:
         comparison,
         title=f"a title {EVIL}",
         facts={"what": f"fact {EVIL}"},
-        questions={"taco": f"should help {EVIL}", "mean": "the baseline"},
+        arms={
+            "taco": Arm(question=f"should help {EVIL}", set={"train.steps": 3}),
+            "mean": Arm(question="the baseline"),
+        },
     )
 
 
@@ -267,8 +272,13 @@ def test_each_recommendation_has_its_reason_and_only_those_at_an_end_warn(page: 
     for arm, card in cards.items():
         found = comparison.recommend(arm, STRENGTH)
         assert card.startswith(f"{arm}: {found.value:g}{found.reason}.")
-        assert re.findall(r"⚠ (\S+) lies at an end of the range", card) == [f"{end:g}" for end in found.ends]
-    assert [bool(comparison.recommend(arm, STRENGTH).ends) for arm in cards] == [False, True]
+        assert (f"⚠ {found.value:g} lies at an end of the range" in card) == found.end
+    assert [comparison.recommend(arm, STRENGTH).end for arm in cards] == [False, True]
+
+
+def test_what_an_arm_sets_stands_above_its_rows(page: Page, folder: Path) -> None:
+    assert f"taco: should help {html.escape(EVIL)} · train.steps=3" in page.source
+    assert {r["settings"] for r in records(folder / "rows.csv") if r["arm"] == "taco"} == {"train.steps=3"}
 
 
 def test_no_strength_is_recommended_for_an_arm_with_held_out_tasks(page: Page, folder: Path, comparison) -> None:
@@ -307,14 +317,14 @@ def test_the_two_candidates_that_measured_a_row_are_named(tmp_path: Path) -> Non
 
 def test_the_question_of_an_arm_stands_above_its_rows_once(page: Page) -> None:
     lines = page.tables["All rows"]
-    place = lines.index([f"taco: should help {EVIL}"])
+    place = lines.index([f"taco: should help {EVIL} · train.steps=3"])
     assert [line[0] for line in lines[place + 1 : place + 5]] == [
         "taco strength=0.5",
         "taco strength=1",
         "taco strength=4",
         ENDS,  # has no question, but must not seem to belong to the one above
     ]
-    assert lines.count([f"taco: should help {EVIL}"]) == 1
+    assert lines.count([f"taco: should help {EVIL} · train.steps=3"]) == 1
 
 
 def test_the_tables_files_hold_the_comparisons_numbers(page: Page, folder: Path, comparison: Comparison) -> None:
@@ -482,7 +492,8 @@ def test_transfer_compares_prompts_and_rows(page: Page, folder: Path, comparison
     assert [cell.partition("|")[0] for cell in changed] == ["33.3 ± 0.0", "33.3 ± 0.0", "+0.0", "−33.3", "+0.0"]
     found = {(r["row"], r["what"]): r for r in records(folder / "zero-shot.csv")}
     record = found["held strength=2", "prompt − plain-held, prompt"]
-    mine, theirs = (comparison.zero_shot_row(name, "prompt") for name in ("held strength=2", "plain-held"))
+    prompted = {row.name: ways["prompt"] for row, ways in comparison.zero_shot_rows().items()}
+    mine, theirs = prompted["held strength=2"], prompted["plain-held"]
     assert float(record["difference"]) == mine.minus(theirs).mean
     assert found["plain-held", "prompt − plain-held, prompt"]["verdict"] == "baseline"
     assert "Reference: plain-held for wow." in page.sections["Tasks held out of training"]
@@ -495,7 +506,7 @@ def test_rows_kept_from_different_tasks_have_different_references(tmp_path: Path
 
     trials = [kept("a2", "wow", 0.9, values={STRENGTH: 2}), kept("a1", "wow", 0.2, values={STRENGTH: 1})]
     trials += [kept("b1", "fever", 0.6, values={STRENGTH: 1}), kept("b", "fever", 0.5)]
-    page = written(tmp_path, Comparison.of(trials, "a2"))
+    page = written(tmp_path, Comparison.of([*trials, trial("all", cost=None)], "all"))
     differences = [r["difference"] for r in records(tmp_path / "zero-shot.csv") if r["what"].startswith("prompt − a")]
     assert [number(text) for text in differences] == [pytest.approx(0.7), None]
     assert page.line("Tasks held out of training", "b1")[3].startswith("+10.0|")

@@ -137,9 +137,9 @@ def test_a_system_name_that_is_no_file_name_is_refused(prepared):
         evaluate(WordSearcher(), prepared, ["color"], Evaluate(), system="../x")
 
 
-def test_fewer_pages_than_the_largest_k_are_refused(prepared):
-    with pytest.raises(ConfigError, match=r"evaluate.top_k is 10 but evaluate.at asks for recall@20; set .* to 20"):
-        evaluate(WordSearcher(), prepared, ["color"], Evaluate(top_k=10), system="words")
+def test_fewer_pages_than_the_largest_k_are_refused_before_any_work():
+    with pytest.raises(ValueError, match="top_k is 10 but at asks for recall@20; set top_k to that or more"):
+        Evaluate(top_k=10)
 
 
 def test_a_task_without_dev_queries_is_refused():

@@ -8,8 +8,11 @@ import pytest
 import yaml
 
 from jobs import cli, train
+from jobs.sweep import Planned, waves
 from jobs.trial import combined
 from taskspec import cluster
+from taskspec.arms import expand, read_arms
+from taskspec.config import load_config
 from taskspec.errors import PlacementError
 from taskspec.evaluate.trials import Cost, Trial
 
@@ -110,3 +113,18 @@ def test_a_trial_of_one_retriever_per_task_has_all_scores_and_the_sum_of_the_cos
     )
     assert both.checkpoint is None
     assert both.course == {}
+
+
+def test_trials_that_need_the_same_run_are_not_made_at_the_same_time(tmp_path):
+    """Those of `owned` differ from those of `mean` in what is measured only."""
+    config = load_config("quickstart")
+    tree = (
+        "{baseline: mean, arms: {bm25: {lexical: true}, mean: {set: {specialization.method: mean}}, taco: {}, "
+        "owned: {set: {specialization.method: mean}, analyze: true}, "
+        "again: {set: {specialization.method: mean}, grid: {specialization.strength: [2.0]}, analyze: true}}}"
+    )
+    (tmp_path / "arms.yaml").write_text(tree)
+    candidates = expand(read_arms(str(tmp_path / "arms.yaml")), config)
+    trials = [Planned(str(n), one, None if one.plan.lexical else 0) for n, one in enumerate(candidates)]
+    assert waves(trials) == [[0, 1, 2, 4], [3]]
+    assert waves([*trials, trials[1]]) == [[0, 1, 2, 4], [3], [5]]

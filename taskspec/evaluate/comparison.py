@@ -1,7 +1,7 @@
 """From trials to the rows of a comparison, their differences, a strength curve and a recommendation.
 
-Path: trials → [here] → comparison report, terminal.  S seeds, Q queries of a task.  No files, no drawing; how sure a
-difference is comes from `statistics`.
+Path: trials → [here] → comparison report, comparison text.  S seeds, Q queries of a task.  No files, no drawing; how
+sure a difference is comes from `statistics`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,9 @@ from typing import Any
 import numpy as np
 
 from taskspec.errors import ConfigError
-from taskspec.evaluate.statistics import CONFIDENCE, Difference, Floats, Interval, paired_difference
-from taskspec.evaluate.trials import Trial
-
-TEXT_WIDTH = 120
-"""Columns of a terminal that the tables keep to."""
-NAME_WIDTH = 20
-"""Columns to which a row's name may be cut."""
+from taskspec.evaluate.notation import difference_text, percent
+from taskspec.evaluate.statistics import Difference, Floats, paired_difference
+from taskspec.evaluate.trials import WAYS, Trial
 
 STRENGTH = "specialization.strength"
 """The key that curves are drawn over and a value is recommended of."""
@@ -107,6 +103,12 @@ class Row:
         """Standard deviation of the averages over seeds; None for fewer than 2 seeds."""
         return float(self.averages_S().std(ddof=1)) if len(self.seeds) > 1 else None
 
+    def on(self, seeds: Sequence[int]) -> Row:
+        """The row with some of its seeds only; as it is if no seed changes it."""
+        if not self.seeds:
+            return self
+        return replace(self, seeds=tuple(seeds), scores=self._taken(tuple(self.scores), seeds))
+
     def task_average(self, task: str) -> float:
         """Over the seeds and queries of one task of `scores`."""
         return float(self.scores[task].mean())
@@ -156,17 +158,15 @@ def _listed(values: Iterable[object]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recommendation:
-    """The value of a curve to ship."""
+    """What to ship, by a curve."""
 
-    value: float
-    """The smallest one whose average is not shown to be lower than the best one's."""
-    best: float
-    """The one with the highest average; the smallest of equal ones."""
+    value: float | None
+    """Of those shown to be higher than the baseline the one with the highest average, on the seeds that all points
+    share; the smallest of equals. None: none is shown to be higher, so the baseline does as well and costs less."""
     reason: str
     """A sentence with the numbers."""
-    ends: tuple[float, ...]
-    """Those of the two that lie at an end of the range: `value` if it is the smallest tried and above 0, as a smaller
-    one may do as well, and `best` if it is the largest, as a larger one may be better."""
+    end: bool
+    """Whether `value` is the largest that was tried, or the smallest and above 0: beyond it, one may be better."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -213,20 +213,31 @@ class Comparison:
         """A row minus another, by default the baseline, as `Row.minus` takes it."""
         return self.row(name).minus(self.baseline if other is None else self.row(other), task)
 
-    def zero_shot_row(self, name: str, way: str) -> Row | None:
-        """A row measured on the tasks that were held out of its training.
+    def zero_shot_rows(self) -> dict[Row, dict[str, Row]]:
+        """Row → way of asking, as in `WAYS` → that row on the tasks held out of its training, for all that have some.
 
         All its queries are measured by the candidate with the best average on the trained tasks: no query of a held-out
         task takes part in that choice.
-        Args: way: a key of `Trial.zero_shot`.
-        Returns: None if nothing was held out.
         """
-        row = self.row(name)
-        if way not in row.trials[0].zero_shot:
-            return None
-        best = max(row.candidates, key=row.candidates.__getitem__)
-        used = [trial for trial in row.trials if trial.candidate == best and trial.seed in (row.seeds or (None,))]
-        return Row.of([replace(trial, scores=trial.zero_shot[way]) for trial in used])
+        result = {}
+        for row in self.rows:
+            if row.trials[0].zero_shot:
+                best = max(row.candidates, key=row.candidates.__getitem__)
+                used = [one for one in row.trials if one.candidate == best and one.seed in (row.seeds or (None,))]
+                result[row] = {way: Row.of([replace(one, scores=one.zero_shot[way]) for one in used]) for way in WAYS}
+        return result
+
+    def zero_shot_reference(self, row: Row, zero_shot: Mapping[Row, Mapping[str, Row]]) -> Row:
+        """What a row's zero-shot answers are compared with: of the rows kept from the same tasks the baseline if it is
+        one of them, else the one with the lowest strength, where one without any counts as 0.
+
+        Args: zero_shot: as `zero_shot_rows` returns it.
+        """
+        tasks = zero_shot[row][WAYS[0]].scores.keys()
+        alike = [other for other, found in zero_shot.items() if found[WAYS[0]].scores.keys() == tasks]
+        if self.baseline in alike:
+            return self.baseline
+        return min(alike, key=lambda other: float(other.values.get(STRENGTH, 0)))
 
     def curve(self, arm: str, key: str) -> tuple[tuple[float, Row], ...]:
         """(value, row) of every row of an arm, by ascending value; empty unless numbers of `key` are the arm's grid.
@@ -238,55 +249,42 @@ class Comparison:
             return ()
         return tuple(sorted(((float(row.values[key]), row) for row in rows), key=lambda point: point[0]))
 
-    def recommend(self, arm: str, key: str) -> Recommendation | None:
-        """What a curve says about its key; None if it has fewer than 2 points, or tasks were held out: such a curve is
-        about transfer, and none of its rows is one to ship."""
+    def curve_to_ship(self, arm: str, key: str) -> tuple[tuple[float, Row], ...]:
+        """The curve if there is something to choose: 2 points at least, and no tasks held out, as such a curve is about
+        transfer; else empty."""
         curve = self.curve(arm, key)
-        if len(curve) < 2 or curve[0][1].trials[0].zero_shot:
+        return () if len(curve) < 2 or curve[0][1].trials[0].zero_shot else curve
+
+    def recommend(self, arm: str, key: str) -> Recommendation | None:
+        """What a curve to ship from says about its key; None if there is none, or if its points do not have 2 seeds in
+        common: one shows nothing."""
+        curve = self.curve_to_ship(arm, key)
+        seeds = shared_seeds(row for _, row in curve)
+        if len(seeds) < 2:
             return None
-        best, best_row = max(curve, key=lambda point: point[1].average)
-        against_best = ((value, row, row.minus(best_row)) for value, row in curve)
-        # There is one: the best row is not lower than itself.
-        value, row, found = next(point for point in against_best if point[2].verdict != "lower")
-        reason = f"{key.rpartition('.')[2]} {best:g} has the highest average, {percent(best_row.average)}"
-        if row is not best_row:
-            reason += f"; {value:g} is the smallest that is not shown to be lower ({difference_text(found)})"
-        elif row is curve[0][1]:
-            reason += ", and is the smallest tried"
-        else:
-            reason += "; all smaller ones are shown to be lower"
-        ends = [value] if value == curve[0][0] and value > 0 else []
-        ends += [best] if best == curve[-1][0] else []
-        return Recommendation(value=value, best=best, reason=reason, ends=tuple(ends))
-
-    def to_text(self) -> str:
-        """For a terminal, in percent: one line per row with its average and its difference to the baseline."""
-        lines = [["row", "seeds", "R-precision", "difference", "over queries", "over seeds", "verdict"]]
-        for row in self.rows:
-            mark = "" if row.scores.keys() == self.baseline.scores.keys() else "*"
-            cells = [row.name, str(len(row.seeds) or "–"), average_text(row) + mark]
-            if row is self.baseline:
-                lines.append([*cells, "", "", "", "baseline"])
-            else:
-                found = self.difference(row.name)
-                intervals = [interval_text(found.queries), interval_text(found.seeds)]
-                lines.append([*cells, signed(found.mean), *intervals, found.verdict])
-        notes = (
-            f"R-precision % ± standard deviation over seeds. Differences: tasks and seeds that both rows have,\n"
-            f"with {CONFIDENCE:.0%} intervals."
+        average = {value: row.on(seeds).average for value, row in curve}
+        to_baseline = {value: row.minus(self.baseline) for value, row in curve}
+        higher = [value for value in average if to_baseline[value].verdict == "higher"]
+        best = max(higher or average, key=average.__getitem__)
+        name = self.baseline.name
+        change = difference_text(to_baseline[best])
+        if not higher:
+            reason = f"none is shown to be higher than {name}; {best:g} has the highest average: {change}"
+            return Recommendation(value=None, reason=reason, end=False)
+        rows = dict(curve)
+        like = [f"{v:g}" for v in average if v != best and rows[v].minus(rows[best]).verdict == "no difference shown"]
+        reason = (
+            f"{best:g} has the highest average, {percent(average[best])} on {len(seeds)} seeds, of those shown to be "
+            f"higher than {name} ({change})" + (f"; not told apart from it: {', '.join(like)}" if like else "")
         )
-        if any(row.scores.keys() != self.baseline.scores.keys() for row in self.rows):
-            notes += "\n* Has other tasks than the baseline; its R-precision is over its own."
-        return f"{_table(lines)}\n\n{notes}"
+        smallest, largest = curve[0][0], curve[-1][0]
+        return Recommendation(value=best, reason=reason, end=best == largest or best == smallest > 0)
 
-    def task_table_text(self) -> str | None:
-        """For a terminal: R-precision % of each row on each task; None if so many tasks do not fit."""
-        lines = [["R-precision %", *self.tasks]]
-        for row in self.rows:
-            cells = [percent(row.task_average(task)) if task in row.scores else "–" for task in self.tasks]
-            lines.append([row.name, *cells])
-        text = _table(lines)
-        return text if max(map(len, text.splitlines())) <= TEXT_WIDTH else None
+
+def shared_seeds(rows: Iterable[Row]) -> tuple[int, ...]:
+    """The seeds that all of the rows have, those that no seed changes left out, ascending."""
+    having = [set(row.seeds) for row in rows if row.seeds]
+    return tuple(sorted(set.intersection(*having))) if having else ()
 
 
 def _named(rows: Sequence[Row], name: str) -> Row:
@@ -294,44 +292,3 @@ def _named(rows: Sequence[Row], name: str) -> Row:
         if row.name == name:
             return row
     raise ConfigError(f"row {name!r} is not in the comparison; its rows are: {_listed(row.name for row in rows)}")
-
-
-def percent(share: float) -> str:
-    """`26.1` of 0.261."""
-    return f"{100 * share:.1f}"
-
-
-def signed(difference: float) -> str:
-    """`+0.4` of 0.004, with a real minus sign; what rounds to zero is `+0.0`."""
-    return f"{100 * difference:+z.1f}".replace("-", "−")
-
-
-def average_text(row: Row) -> str:
-    """`26.1 ± 0.4`; `26.1` for fewer than 2 seeds."""
-    return percent(row.average) + ("" if row.std is None else f" ± {percent(row.std)}")
-
-
-def interval_text(interval: Interval | None) -> str:
-    """`−0.9 to +0.2`; `one seed` for no interval."""
-    return "one seed" if interval is None else f"{signed(interval.low)} to {signed(interval.high)}"
-
-
-def difference_text(difference: Difference) -> str:
-    """`−0.4, over queries −0.9 to +0.2, over seeds −1.0 to +0.3`."""
-    seeds = "one seed" if difference.seeds is None else f"over seeds {interval_text(difference.seeds)}"
-    return f"{signed(difference.mean)}, over queries {interval_text(difference.queries)}, {seeds}"
-
-
-def _table(lines: Sequence[Sequence[str]]) -> str:
-    """Columns at the width of their cells; the names in front are cut to what remains of the terminal."""
-    name_width, *widths = (max(map(len, column)) for column in zip(*lines, strict=True))
-    name_width = min(name_width, max(NAME_WIDTH, TEXT_WIDTH - sum(width + 2 for width in widths)))
-    return "\n".join(
-        "  ".join([_cut(name, name_width).ljust(name_width), *map(str.rjust, cells, widths)]) for name, *cells in lines
-    )
-
-
-def _cut(name: str, width: int) -> str:
-    """At most `width` columns: cut in the middle, because names of rows tell themselves apart at their ends."""
-    tail = width // 2
-    return name if len(name) <= width else f"{name[: width - 1 - tail]}…{name[-tail:]}"

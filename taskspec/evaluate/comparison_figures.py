@@ -19,13 +19,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from taskspec.evaluate import page
-from taskspec.evaluate.comparison import STRENGTH, Comparison, Recommendation, Row, percent
+from taskspec.evaluate.comparison import STRENGTH, Comparison, Recommendation, Row, shared_seeds
+from taskspec.evaluate.notation import percent
 from taskspec.evaluate.page import Cell, Grid
 from taskspec.evaluate.statistics import CONFIDENCE, seed_interval
-from taskspec.specialize.analysis import Ablation
+from taskspec.evaluate.trials import WAYS
+from taskspec.specialize.analysis import mean_ablation
 
-WAYS = {"prompt": "-", "no prompt": ":"}
-"""Of answering a task that was held out of training, as `Trial.zero_shot` names them → how a line is drawn."""
+STYLES = dict(zip(WAYS, ("-", ":"), strict=True))
+"""Way of asking a task that was held out of training → how a line is drawn."""
 COURSES_SHOWN = 8
 LEANING = ("entropy", "gradient_ratio")
 """Figures of the training log that are 1 where the update is the mean of the tasks' gradients."""
@@ -93,19 +95,25 @@ class _Plot(NamedTuple):
 
 
 def strength_curves(folder: Path, comparison: Comparison, advice: Mapping[str, Recommendation]) -> str:
-    """`strength`: a plot per arm beside the baseline's level on the same tasks, the recommended strength marked.
+    """`strength`: a plot per arm beside the baseline's level on the same tasks and seeds, the recommended strength
+    marked.
 
     Args: advice: arm → what `Comparison.recommend` says of its strengths.
     """
-    if not advice:
-        return ""
     plots = {}
-    for arm, found in advice.items():
-        curve = comparison.curve(arm, STRENGTH)
+    for arm in dict.fromkeys(row.arm for row in comparison.rows):
+        curve = comparison.curve_to_ship(arm, STRENGTH)
+        if not curve:
+            continue
+        seeds = shared_seeds([comparison.baseline, *(row for _, row in curve)])
+        curve = tuple((value, row.on(seeds)) for value, row in curve)
         tasks = comparison.compared_tasks(curve[0][1].name)
-        level = mean_of(comparison.baseline.task_average(task) for task in tasks)
+        level = mean_of(comparison.baseline.on(seeds).task_average(task) for task in tasks)
         line = _Line("average over tasks", page.COLORS[1], "-", curve)
-        plots[arm] = _Plot([line], [(comparison.baseline.name, "--", level)], found.value)
+        marked = advice[arm].value if arm in advice else None
+        plots[arm] = _Plot([line], [(comparison.baseline.name, "--", level)], marked)
+    if not plots:
+        return ""
     return page.beside([_curves(folder, "strength", "R-precision, %, over strength", plots)]) + page.note(CURVES_NOTE)
 
 
@@ -253,11 +261,7 @@ def ablation_maps(folder: Path, comparison: Comparison) -> str:
         return ""
     figures, lines, records = [], [], []
     for number, ((name, elements), found) in enumerate(ablated.items(), start=1):
-        mean = Ablation(
-            share=mean_of(one.share for _, one in found),
-            owned=_mean_grid([one.owned for _, one in found]),
-            random=_mean_grid([one.random for _, one in found]),
-        )
+        mean = mean_ablation([one for _, one in found])
         tasks = len(mean.owned)
         hits = ", ".join(str(len(one.hits())) for _, one in found)
         specific = ", ".join(str(len(one.specific())) for _, one in found)
@@ -302,17 +306,18 @@ def transfer_curves(
         curve = comparison.curve(arm, STRENGTH)
         if len(curve) > 1:
             against = references[curve[0][1]]
-            levels = [(f"{against.name}, {way}", WAYS[way], zero_shot[against][way].average) for way in WAYS]
+            levels = [(f"{against.name}, {way}", STYLES[way], zero_shot[against][way].average) for way in WAYS]
             colors = zip(WAYS, page.COLORS[1:], strict=False)
             ways = {way: [(value, zero_shot[row][way]) for value, row in curve] for way in WAYS}
-            plots[arm] = _Plot([_Line(way, color, WAYS[way], ways[way]) for way, color in colors], levels)
+            plots[arm] = _Plot([_Line(way, color, STYLES[way], ways[way]) for way, color in colors], levels)
     return _curves(folder, "transfer", "Zero-shot R-precision, %, over strength", plots) if plots else ""
 
 
 CURVES_NOTE = (
-    f"A point is the mean over seeds, its bar the {CONFIDENCE:.0%} interval over seeds, cut at the frame; small dots "
-    "are the seeds. Strengths stand at equal distances. The wide line marks the recommended strength. Intervals of "
-    "averages are wider than those of differences, which decide: what makes a seed lucky for all rows cancels there."
+    "A point is the mean over the seeds that all points of its plot and the baseline have, its bar the "
+    f"{CONFIDENCE:.0%} interval over seeds, cut at the frame; small dots are the seeds. Strengths stand at equal "
+    "distances. The wide line marks the recommended strength. Intervals of averages are wider than those of "
+    "differences, which decide: what makes a seed lucky for all rows cancels there."
 )
 OWNERSHIP_NOTE = (
     "An element is owned by the task whose loss is most sensitive to it, by one probe for all models. Entropy of the "

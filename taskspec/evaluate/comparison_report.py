@@ -14,21 +14,16 @@ from pathlib import Path
 
 import matplotlib
 
+from taskspec.arms import Arm
 from taskspec.config import Config
 from taskspec.evaluate import page
 from taskspec.evaluate.comparison import (
     STRENGTH,
     Comparison,
     Recommendation,
-    Row,
-    average_text,
-    interval_text,
-    percent,
-    signed,
 )
 from taskspec.evaluate.comparison_figures import (
     NONE,
-    WAYS,
     ablation_maps,
     course_curves,
     mean_of,
@@ -36,9 +31,10 @@ from taskspec.evaluate.comparison_figures import (
     strength_curves,
     transfer_curves,
 )
+from taskspec.evaluate.notation import average_text, interval_text, percent, signed
 from taskspec.evaluate.page import Cell
 from taskspec.evaluate.statistics import CONFIDENCE, Difference, Verdict
-from taskspec.evaluate.trials import Cost
+from taskspec.evaluate.trials import WAYS, Cost
 
 MARKS: dict[Verdict, str] = {"higher": "▲", "lower": "▼", "no difference shown": ""}
 """Verdict → its mark."""
@@ -52,24 +48,27 @@ def write_comparison(
     *,
     title: str,
     facts: Mapping[str, str],
-    questions: Mapping[str, str],
+    arms: Mapping[str, Arm],
     config: Config,
 ) -> Path:
     """Writes `report.html`, `<name>.png` and `<name>.csv` of each figure, and `<name>.csv` of each table.
 
-    Args: folder: is made where it does not exist. facts: what was run, label → text. questions: arm → what it should
-        change, said before it ran.
+    Args: folder: is made where it does not exist. facts: what was run, label → text. arms: by name; what each is to
+        show, and what it sets, stands above its rows.
     Returns: the path of the page.
     Raises: ConfigError if a row has no seed, or no task, in common with the baseline.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    arms = dict.fromkeys(row.arm for row in comparison.rows)
-    advice = {arm: found for arm in arms if (found := comparison.recommend(arm, STRENGTH))}
+    advice = {
+        arm: found
+        for arm in dict.fromkeys(row.arm for row in comparison.rows)
+        if (found := comparison.recommend(arm, STRENGTH))
+    }
     with matplotlib.rc_context(page.DRAWING):
         sections = {
             "What was run": page.pairs(facts),
             "Recommended strength": page.beside(_advice(arm, found) for arm, found in advice.items()) if advice else "",
-            "All rows": _all_rows(folder, comparison, questions),
+            "All rows": _all_rows(folder, comparison, arms),
             "R-precision per task": _per_task(folder, comparison),
             "R-precision over strength": strength_curves(folder, comparison, advice),
             "Who owns the parameters": ownership_maps(folder, comparison),
@@ -111,25 +110,28 @@ def _change_cell(found: Difference | None) -> Cell:
 
 
 def _advice(arm: str, found: Recommendation) -> str:
-    text = page.note(f"{arm}: {found.value:g}", "lead") + page.note(f"{found.reason}.", "sentence")
-    for end in found.ends:
-        warning = f"⚠ {end:g} lies at an end of the range: beyond it, a value may do better, or as well. Try more."
+    ship = "the baseline" if found.value is None else f"{found.value:g}"
+    text = page.note(f"{arm}: {ship}", "lead") + page.note(f"{found.reason}.", "sentence")
+    if found.end:
+        warning = f"⚠ {ship} lies at an end of the range: beyond it a value may do better. Try more."
         text += page.note(warning, "warning")
     return f"<article>{text}</article>"
 
 
-def _all_rows(folder: Path, comparison: Comparison, questions: Mapping[str, str]) -> str:
+def _all_rows(folder: Path, comparison: Comparison, arms: Mapping[str, Arm]) -> str:
     head = [*map(Cell, ("row", "average ± std", "seeds", "difference", "over queries", "over seeds", "verdict"))]
     head.append(Cell("candidate", "text"))
-    columns = ["row", "arm", "question", "average", "std", "seeds", "tasks", *CHANGE, "chosen_even", "chosen_odd"]
+    columns = ["row", "arm", "question", "settings", "average", "std", "seeds", "tasks", *CHANGE]
+    columns += ["chosen_even", "chosen_odd"]
     whole = comparison.whole_rows
     lines, records, verdicts, arm = [], [], [], ""
     for row in comparison.rows:
-        question = questions.get(row.arm, "")
-        if row.arm != arm and questions:
-            lines.append(page.group_line(f"{row.arm}: {question}" if question else row.arm, len(head)))
+        plan = arms[row.arm]
+        if row.arm != arm:
+            said = " · ".join(filter(None, [plan.question, plan.describe()]))
+            lines.append(page.group_line(f"{row.arm}: {said}" if said else row.arm, len(head)))
         arm = row.arm
-        cells = [Cell(average_text(row), note="" if row in whole else f"over {len(row.scores)} tasks")]
+        cells = [Cell(average_text(row.average, row.std), note="" if row in whole else f"over {len(row.scores)} tasks")]
         cells.append(Cell(str(len(row.seeds) or "–"), "count"))
         if row is comparison.baseline:
             found = None
@@ -143,7 +145,7 @@ def _all_rows(folder: Path, comparison: Comparison, questions: Mapping[str, str]
         chosen = even if even == odd else f"{even} for even queries, {odd} for odd ones"
         lines.append(page.line(Cell(row.name), [*cells, Cell(chosen or "–", "text")]))
         averages = (row.average, row.std, len(row.seeds), len(row.scores))
-        records.append((row.name, row.arm, question, *averages, *_change(found), even, odd))
+        records.append((row.name, row.arm, plan.question, plan.describe(), *averages, *_change(found), even, odd))
     page.write_csv(folder / "rows.csv", columns, records)
     counts = ", ".join(f"{verdict}: {verdicts.count(verdict)}" for verdict in MARKS)
     summary = page.note(f"{len(verdicts)} rows against {comparison.baseline.name}. {counts}.", "lead")
@@ -168,14 +170,10 @@ def _per_task(folder: Path, comparison: Comparison) -> str:
 
 
 def _transfer(folder: Path, comparison: Comparison) -> str:
-    zero_shot = {
-        row: {way: answered for way in WAYS if (answered := comparison.zero_shot_row(row.name, way))}
-        for row in comparison.rows
-        if row.trials[0].zero_shot
-    }
+    zero_shot = comparison.zero_shot_rows()
     if not zero_shot:
         return ""
-    references = {row: _reference(row, zero_shot) for row in zero_shot}
+    references = {row: comparison.zero_shot_reference(row, zero_shot) for row in zero_shot}
     prompt, bare = WAYS
     lines, records = [], []
     for row, found in zero_shot.items():
@@ -184,7 +182,7 @@ def _transfer(folder: Path, comparison: Comparison) -> str:
         for way in WAYS:
             change = None if row is against else found[way].minus(zero_shot[against][way])
             changes[f"{way} − {against.name}, {way}"] = change
-        cells = [Cell(average_text(found[way])) for way in WAYS]
+        cells = [Cell(average_text(found[way].average, found[way].std)) for way in WAYS]
         lines.append(page.line(Cell(row.name), [*cells, *map(_change_cell, changes.values())]))
         records += [(row.name, name, *_change(change)) for name, change in changes.items()]
     page.write_csv(folder / "zero-shot.csv", ["row", "what", *CHANGE], records)
@@ -196,14 +194,6 @@ def _transfer(folder: Path, comparison: Comparison) -> str:
     return page.table([*map(Cell, head)], lines) + text + page.beside([figure])
 
 
-def _reference(row: Row, zero_shot: Mapping[Row, Mapping[str, Row]]) -> Row:
-    """Of the rows that were kept from the same tasks, the one with the lowest strength; no strength is strength 0."""
-    prompt, _ = WAYS
-    tasks = zero_shot[row][prompt].scores.keys()
-    alike = [other for other, found in zero_shot.items() if found[prompt].scores.keys() == tasks]
-    return min(alike, key=lambda other: float(other.values.get(STRENGTH, 0)))
-
-
 def _cost(folder: Path, comparison: Comparison) -> str:
     lines, records = [], []
     for row in comparison.rows:
@@ -213,7 +203,7 @@ def _cost(folder: Path, comparison: Comparison) -> str:
             mean = {field.name: mean_of(getattr(cost, field.name) for cost in costs) for field in fields(Cost)}
             cells = [Cell(f"{mean[key] / unit:,.{digits}f}") for key, (_, unit, digits) in COSTS.items()]
             records.append((row.name, row.average, *mean.values()))
-        lines.append(page.line(Cell(row.name), [Cell(average_text(row)), *cells]))
+        lines.append(page.line(Cell(row.name), [Cell(average_text(row.average, row.std)), *cells]))
     if not records:
         return ""
     page.write_csv(folder / "cost.csv", ["row", "average", *(field.name for field in fields(Cost))], records)
@@ -239,8 +229,8 @@ ROWS_NOTE = (
 )
 TASKS_NOTE = "R-precision in percent; below it the difference to the baseline, ▲ or ▼ where it is shown, as for rows."
 TRANSFER_NOTE = (
-    "R-precision in percent on tasks that were not trained; the reference of a row is, of those kept from the same "
-    "tasks, the one with the lowest strength. Below each difference its intervals, over queries · over seeds; ▲ or ▼ "
-    "where it is shown. Dotted: without prompt."
+    "R-precision in percent on tasks that were not trained, with their prompts and with an empty one; the reference of "
+    "a row is, of those kept from the same tasks, the baseline, or else the one with the lowest strength. Below each "
+    "difference its intervals, over queries · over seeds; ▲ or ▼ where it is shown. Dotted: without prompt."
 )
 COST_NOTE = "R-precision in percent. All retrievers of a row together, means over seeds. MB are millions of bytes."

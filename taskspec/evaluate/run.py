@@ -142,11 +142,6 @@ def evaluate(
     """
     if not SYSTEM_NAME.fullmatch(system):
         raise ConfigError(f"system {system!r}: the name goes into file names; use letters, digits, - _ and .")
-    if settings.top_k < max(settings.at):
-        raise ConfigError(
-            f"evaluate.top_k is {settings.top_k} but evaluate.at asks for recall@{max(settings.at)}; "
-            f"set evaluate.top_k to {max(settings.at)} or more"
-        )
     scores = []
     for task in tasks:
         one = searcher.get(task) if isinstance(searcher, Mapping) else searcher

@@ -56,6 +56,9 @@ class Difference:
         Both, because each is blind to the other's chance: many queries make the first one narrow around the luck of a
         single seed, and many seeds make the second one narrow around the luck of these queries. So one seed never
         shows a difference.
+
+        A rule, not a test at 5% over new queries and new seeds together: with normal chances of the worst mixture it
+        shows a difference that is not there in 6, 9 and 12% of comparisons with 3, 5 and 10 seeds (simulated).
         """
         if self.seeds is not None and min(self.queries.low, self.seeds.low) > 0:
             return "higher"

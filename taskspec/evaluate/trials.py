@@ -15,6 +15,9 @@ from taskspec.specialize.analysis import Ablation, Ownership
 Scores = Mapping[str, tuple[float, ...]]
 """Task → R-precision of each of its dev queries, 0 to 1, in the order of the task's files."""
 
+WAYS = ("prompt", "no prompt")
+"""How tasks that were held out of training are asked: with their own prompts, and with an empty one."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
@@ -46,7 +49,7 @@ class Trial:
     """None for what no seed changes (BM25)."""
     scores: Scores
     zero_shot: Mapping[str, Scores] = field(default_factory=dict)
-    """`prompt` and `no prompt` → scores on the tasks held out of training; empty where none were."""
+    """Way of asking, as in `WAYS` → scores on the tasks held out of training; empty where none were."""
     cost: Cost | None = None
     """None for BM25."""
     course: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
@@ -56,6 +59,8 @@ class Trial:
     """By the elements that could be zeroed, as `ablation.ablate` returns them; empty where nothing was analyzed."""
     checkpoint: str | None = None
     """URI; None for BM25 and where each task has its own."""
+    code: str = ""
+    """Which state of the library made it; "" where that is not known."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value that `from_json` reads."""

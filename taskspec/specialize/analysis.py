@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -51,6 +52,32 @@ class Ablation:
     random: Mapping[str, Mapping[str, float]]
     """The same for random touched elements, as many in each tensor."""
 
+    def falls(self) -> tuple[float, float, float]:
+        """Means over tasks: of a task by its own elements, by those of other tasks, and by random ones."""
+        tasks = list(self.owned)
+        pairs = [(zeroed, task) for zeroed in tasks for task in tasks if zeroed != task]
+        return (
+            fmean(self.owned[task][task] for task in tasks),
+            fmean(self.owned[zeroed][task] for zeroed, task in pairs) if pairs else 0.0,
+            fmean(self.random[task][task] for task in tasks),
+        )
+
+    def largest(self) -> tuple[str, ...]:
+        """Tasks that fall more than every other when their own elements are zeroed."""
+        return tuple(
+            task
+            for task, falls in self.owned.items()
+            if all(falls[task] > fall for other, fall in falls.items() if other != task)
+        )
+
+    def beyond_random(self) -> tuple[str, ...]:
+        """Tasks that fall more by their own elements than by random ones."""
+        return tuple(task for task, falls in self.owned.items() if falls[task] > self.random[task][task])
+
+    def hits(self) -> tuple[str, ...]:
+        """Tasks that fall more than every other when their own elements are zeroed, and more than by random ones."""
+        return tuple(task for task in self.largest() if task in self.beyond_random())
+
     def specific(self) -> tuple[str, ...]:
         """Tasks that fall more by their own elements than by those of any other task, and more than by random ones.
 
@@ -58,19 +85,25 @@ class Ablation:
         """
         return tuple(
             task
-            for task, falls in self.owned.items()
-            if all(falls[task] > other[task] for name, other in self.owned.items() if name != task)
-            and falls[task] > self.random[task][task]
+            for task in self.beyond_random()
+            if all(self.owned[task][task] > other[task] for name, other in self.owned.items() if name != task)
         )
 
-    def hits(self) -> tuple[str, ...]:
-        """Tasks that fall more than every other when their own elements are zeroed, and more than by random ones."""
-        return tuple(
-            task
-            for task, falls in self.owned.items()
-            if all(falls[task] > fall for other, fall in falls.items() if other != task)
-            and falls[task] > self.random[task][task]
-        )
+
+def mean_ablation(found: Sequence[Ablation]) -> Ablation:
+    """Of several models of the same tasks, fall by fall."""
+
+    def average(grids: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+        return {
+            zeroed: {task: fmean(grid[zeroed][task] for grid in grids) for task in falls}
+            for zeroed, falls in grids[0].items()
+        }
+
+    return Ablation(
+        share=fmean(one.share for one in found),
+        owned=average([one.owned for one in found]),
+        random=average([one.random for one in found]),
+    )
 
 
 @dataclass(frozen=True, slots=True)
