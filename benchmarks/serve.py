@@ -249,7 +249,7 @@ async def endpoint(config: Config, seconds: float, knee_only: bool) -> None:
     asked = questions(config)
     retriever = Retriever.open(at["checkpoint"], at["index"])
     settings = Path(config.artifacts) / "benchmark-serve.yaml"
-    args = {"checkpoint": at["checkpoint"], "index": at["index"], "cached_queries": 0}
+    args = {"checkpoint": at["checkpoint"], "index": at["index"], "cache_bytes": 0}
     content = {
         "http_options": {"host": "127.0.0.1", "port": 8000},
         "applications": [{"import_path": "serve.app:build", "args": args}],

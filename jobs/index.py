@@ -76,6 +76,7 @@ def plan(arguments: argparse.Namespace, config: Config, prepared: str, out: str)
 
     Raises: PlacementError if none does; ConfigError if neither artifacts nor numbers say how large the index is.
     """
+    from taskspec import cluster
     from taskspec.data.prepared import PreparedData
     from taskspec.index.plan import Budget, plan_index
     from taskspec.index.probe import embedding_seconds, measure_speeds
@@ -89,10 +90,12 @@ def plan(arguments: argparse.Namespace, config: Config, prepared: str, out: str)
         data = PreparedData.open(prepared)
         passages = passages or len(data.passages)
         if arguments.checkpoint is not None:
-            embed_s = embedding_seconds(arguments.checkpoint, data) * passages / config.index.actors
+            # The probe takes all cores of this machine, as the actors of a node do together.
+            nodes = min(arguments.nodes, config.index.actors)
+            embed_s = embedding_seconds(arguments.checkpoint, data, config.index.precision) * passages / nodes
     budget = Budget(
         nodes=arguments.nodes,
-        node_bytes=int(1e9 * arguments.node_gb) if arguments.node_gb else _memory(),
+        node_bytes=int(1e9 * arguments.node_gb) if arguments.node_gb else cluster.own_memory(),
         node_cores=arguments.node_cores or os.cpu_count() or 1,
         latency_s=arguments.latency_ms / 1000 if arguments.latency_ms else None,
         recall=config.index.recall,
@@ -104,11 +107,6 @@ def plan(arguments: argparse.Namespace, config: Config, prepared: str, out: str)
     content = asdict(planned)
     store.write_bytes(out, json.dumps(content, indent=1).encode())
     return {"uri": out, **content, "chosen": chosen.kind}
-
-
-def _memory() -> int:
-    """Bytes of this machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 if __name__ == "__main__":

@@ -2,21 +2,17 @@
 
 Path: alias file, `PUT /aliases` → [here] → what every replica has open, and which version answers which query.
 
-One replica of `Aliases` holds the state; a small file is the truth that outlives it, changed by compare-and-swap, with
-a log beside it that is only added to. All other replicas ask it again and again what to have open (`follow`), which
-also tells it what they have. A new version is opened by all of them beside the old one, tried with golden queries on
-the serving path, and only then answers; requests that are under way end on the version that they began with, and the
-last version stays open, so that going back is as quick as going on.
+One replica of `Aliases` holds the state, and a small file outlives it. All other replicas ask it again and again what
+to have open (`follow`), which also tells it what they have. A new version is opened by all of them beside the old one,
+tried with golden queries on the serving path, and only then answers; requests that are under way end on the version
+that they began with, and the last version stays open, so that going back is as quick as going on.
 """
 
 from __future__ import annotations
 
 import asyncio
-import datetime
-import json
 import logging
 import time
-import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
@@ -27,18 +23,18 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from serve.admission import query_tokens
+from serve.alias_file import AliasFile
 from serve.arguments import ServeArgs
 from serve.asks import FoundAll, Search, Version
 from serve.errors import Conflict
+from serve.guard import LOGGING
 from serve.schema import AliasRequest, AliasResponse, Compared, VersionInfo
-from taskspec import artifacts, store
+from serve.versions import Served, Table, open_version
+from taskspec import artifacts
 from taskspec.errors import StoreError, TaskspecError
 from taskspec.evaluate.metrics import r_precision
 from taskspec.index.golden import GOLDEN_FILE, read_golden
-from taskspec.index.manifest import KIND, IndexManifest
-from taskspec.model.contract import Contract
-from taskspec.retrieve.catalog import index_version
-from taskspec.train.checkpoint import read_contract
+from taskspec.index.manifest import KIND
 
 FOLLOW_S = 5.0
 """How long `follow` waits for a change before it answers the same again."""
@@ -47,93 +43,13 @@ LOST_AFTER_S = 3 * FOLLOW_S
 """A replica that has not asked for so long is no longer waited for."""
 OPEN_TIMEOUT_S = 1800.0
 """How long replicas may take to open a version."""
+WATCH_S = 10.0
+"""How often the file is looked at, which other endpoints may change."""
 GOLDEN_TIMEOUT_S = 60.0
 GOLDEN_AT_A_TIME = 4
 """Golden queries of a task that are asked together: beside the traffic, not instead of it."""
 
 logger = logging.getLogger("ray.serve")
-
-
-@dataclass(frozen=True)
-class Served:
-    """What the routes know of a version."""
-
-    version: Version
-    contract: Contract
-    index: IndexManifest
-
-
-def open_version(checkpoint: str, index: str) -> Served:
-    """Raises: ContractError, ArtifactError, StoreError."""
-    contract, manifest = read_contract(checkpoint), artifacts.read_manifest(index, KIND)
-    facts = IndexManifest.of(index, manifest)
-    facts.require_built_by(contract, checkpoint, index)
-    return Served(Version(index_version(manifest.id), checkpoint, index), contract, facts)
-
-
-@dataclass(frozen=True)
-class Table:
-    """What the replicas go by."""
-
-    revision: int
-    current: Served
-    candidate: Served | None = None
-    shares: dict[str, int] = field(default_factory=dict)
-    shadow: bool = False
-    opened: tuple[Version, ...] = ()
-    """Beside these two: what is being brought in, and the last one."""
-
-    @property
-    def versions(self) -> list[Version]:
-        """To have open."""
-        candidate = [self.candidate.version] if self.candidate else []
-        return list(dict.fromkeys([self.current.version, *candidate, *self.opened]))
-
-    def serving(self, task: str, text: str) -> Served:
-        """The version that answers a query: the same one for the same query."""
-        if self.candidate and zlib.crc32(text.encode()) % 100 < self.shares.get(task, 0):
-            return self.candidate
-        return self.current
-
-
-class AliasFile:
-    """`<folder>/<alias>.json`, and `<folder>/<alias>/log/…json` beside it."""
-
-    def __init__(self, folder: str, alias: str) -> None:
-        self.uri = store.join(folder, f"{alias}.json")
-        self._log = store.join(folder, alias, "log")
-        self._held: bytes | None = None
-
-    def read(self) -> dict[str, Any] | None:
-        """None if there is none yet.    Raises: StoreError."""
-        if not store.exists(self.uri):
-            return None
-        self._held = store.read_bytes(self.uri)
-        tree: dict[str, Any] = json.loads(self._held)
-        return tree
-
-    def write(self, table: Table) -> None:
-        """Raises: Conflict if somebody else has changed it since it was read or written; StoreError."""
-        tree = {
-            "revision": table.revision,
-            "current": _uris(table.current),
-            "candidate": table.candidate and _uris(table.candidate),
-            "shares": table.shares,
-            "shadow": table.shadow,
-        }
-        content = json.dumps(tree, indent=1).encode()
-        if not store.swap(self.uri, self._held, content):
-            raise Conflict(f"{self.uri} was changed by another endpoint; ask for its state, then again")
-        self._held = content
-
-    def log(self, **entry: Any) -> None:
-        now = datetime.datetime.now(datetime.UTC)
-        name = store.join(self._log, f"{now.strftime('%Y%m%dT%H%M%S.%fZ')}.json")
-        store.write_bytes(name, json.dumps({"time": now.isoformat(), **entry}, indent=1).encode())
-
-
-def _uris(served: Served) -> dict[str, str]:
-    return {"checkpoint": served.version.checkpoint, "index": served.version.index}
 
 
 @dataclass
@@ -146,7 +62,7 @@ class Follower:
     seen: float = field(default_factory=time.monotonic)
 
 
-@serve.deployment(ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=1000)
+@serve.deployment(ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=1000, logging_config=LOGGING)
 class Aliases:
     """The state of the alias that is served."""
 
@@ -163,26 +79,50 @@ class Aliases:
         self._task: asyncio.Task[None] | None = None
         if self._file:
             self._table = await asyncio.to_thread(self._first_table, self._file, served)
+            self._watching = asyncio.create_task(self._watch(self._file))
 
     @staticmethod
     def _first_table(file: AliasFile, served: Served) -> Table:
         """What the file says; the first endpoint writes it."""
-        tree = file.read()
-        if tree is None:
+        table = file.read()
+        if table is None:
             table = Table(1, served)
             try:
                 file.write(table)
             except Conflict:  # another endpoint was faster
-                tree = file.read()
+                written = file.read()
+                assert written is not None
+                table = written
             else:
-                file.log(who=None, revision=1, action="begin", version=served.version.id, **_uris(served))
-                return table
-        assert tree is not None
-        current = open_version(**tree["current"])
-        if current.version != served.version:
-            logger.warning("%s points to version %s, which is served", file.uri, current.version.id)
-        candidate = open_version(**tree["candidate"]) if tree["candidate"] else None
-        return Table(tree["revision"], current, candidate, tree["shares"], tree["shadow"])
+                version = served.version
+                uris = {"checkpoint": version.checkpoint, "index": version.index}
+                file.log(who=None, revision=1, action="begin", version=version.id, **uris)
+        if table.current.version != served.version:
+            logger.warning("%s points to version %s, which is served", file.uri, table.current.version.id)
+        return table
+
+    async def _watch(self, file: AliasFile) -> None:
+        """Follows what other endpoints write into the file; they have tried it."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            try:
+                table = None if self._changing else await asyncio.to_thread(file.read)
+                if table is not None:
+                    self._task = asyncio.create_task(self._adopt(table))
+                    await self._task
+            except Exception:
+                logger.exception("%s cannot be followed; what is served stays", file.uri)
+
+    async def _adopt(self, table: Table) -> None:
+        before = self._table
+        await self._set(replace(before, opened=(*before.opened, *table.versions)))
+        for version in table.versions:
+            await self._opened_everywhere(version)
+        await self._set(table)
+
+    @property
+    def _changing(self) -> bool:
+        return self._task is not None and not self._task.done()
 
     async def table(self, known: Table | None = None) -> Table:
         """The table, once it is another than the one that is known, or after a while."""
@@ -226,10 +166,13 @@ class Aliases:
         )
 
     async def change(self, request: AliasRequest, who: str) -> AliasResponse:
-        """Begins a change, which goes on by itself.    Raises: Conflict; ContractError, ArtifactError, StoreError."""
+        """Begins a change, which goes on by itself: what is wrong with the version shows in the state.
+
+        Raises: Conflict.
+        """
         if self._file is None:
             raise Conflict("versions are not changed here: start the endpoint with aliases=FOLDER")
-        if self._task is not None and not self._task.done():
+        if self._changing:
             raise Conflict(f"the alias {self._alias} is being changed: {self._status}; ask again when that is done")
         if request.expected != self._table.current.version.id:
             raise Conflict(
@@ -273,6 +216,8 @@ class Aliases:
         unknown = [task for task in request.shares if task not in tasks]
         if lost:
             raise Conflict(f"version {new.version.id} has no task {lost[0]}, which is served; it has {', '.join(have)}")
+        if before.current.index.lexical and not new.index.lexical:
+            raise Conflict(f"version {new.version.id} has no lexical part for fused searches, the one served has")
         if unknown:
             raise Conflict(f"shares: unknown task {unknown[0]!r}; known: {', '.join(tasks)}")
         if new.version != before.current.version:
@@ -321,6 +266,8 @@ class Aliases:
         encoder = serve.get_deployment_handle("Encoder", serve.get_replica_context().app_name)
         self._golden = {served.version.id: await golden_precision(encoder, served, new) for served in (old, new)}
         before, after = (self._golden[served.version.id] for served in (old, new))
+        if not after:
+            self._reason = f"version {new.version.id} has no golden queries of a served task, so it was not tried"
         for task, value in after.items():
             if task in before and value < before[task] - epsilon:
                 raise Conflict(

@@ -7,7 +7,6 @@ replica starts; `Api` checks requests and shapes answers and errors; the work is
 # Serve copies `app` and what its routes use when it decorates `Api`: annotations must be types (so no `from __future__
 # import annotations` here), and helpers and error handlers must stand above the class.
 
-import asyncio
 import base64
 import dataclasses
 import json
@@ -18,22 +17,22 @@ from importlib import metadata
 from typing import Any
 
 import click
-from cachetools import LRUCache
 from fastapi import FastAPI, HTTPException, Response
-from fastapi.responses import HTMLResponse
+from fastapi.responses import HTMLResponse, PlainTextResponse
 from pydantic import ValidationError
 from ray import serve
 from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from serve.aliases import Aliases, Served, open_version
+from serve.aliases import Aliases
+from serve.answers import Answers, Known
 from serve.arguments import ServeArgs
 from serve.asks import FoundAll, Search
 from serve.deployments import Encoder, Shard
 from serve.dispatch import Dispatch
 from serve.errors import ERROR_RESPONSES, TooLarge, Uncovered, answer_errors
-from serve.guard import GuardMiddleware, Settings, configure, seen
+from serve.guard import LOGGING, GuardMiddleware, Settings, configure, seen
 from serve.metrics import Metrics
 from serve.playground import HEADERS, PAGE
 from serve.schema import (
@@ -60,6 +59,7 @@ from serve.schema import (
     TasksResponse,
     Time,
 )
+from serve.versions import Served, open_version
 from taskspec import __version__
 from taskspec.errors import ConfigError, RequestError, TaskspecError
 from taskspec.retrieve.hits import Hit
@@ -114,8 +114,8 @@ def _bind(args: ServeArgs, served: Served) -> Application:
     return Api.bind(args, Aliases.bind(args, served), Encoder.bind(args, shards), count)
 
 
-def _kilt_lines(request: RetrieveRequest, found: Sequence[Sequence[Hit]]) -> Response:
-    """Predictions in KILT's format, one JSON line per query, pages best first."""
+def _kilt_lines(request: RetrieveRequest, found: Sequence[Sequence[Hit]], headers: dict[str, str]) -> Response:
+    """Predictions in KILT's format, one JSON line per query, best page first; what has no place in it is in headers."""
     lines = []
     for number, (text, hits) in enumerate(zip(request.queries, found, strict=True)):
         provenance = [
@@ -126,36 +126,27 @@ def _kilt_lines(request: RetrieveRequest, found: Sequence[Sequence[Hit]]) -> Res
         line: dict[str, Any] = {"id": request.ids[number]} if request.ids else {}
         line |= {"input": text, "output": [{"answer": "", "provenance": provenance}]}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    return Response("".join(lines), media_type="application/x-ndjson")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Known:
-    """An answer that is kept."""
-
-    hits: list[Hit]
-    truncated: bool
-    complete: bool
+    return Response("".join(lines), media_type="application/x-ndjson", headers=headers)
 
 
 @serve.deployment(
     ray_actor_options={"num_cpus": API_CPUS},
     max_ongoing_requests=1000,
     graceful_shutdown_timeout_s=60,
-    logging_config={"enable_access_log": False},
+    logging_config=LOGGING,
 )
 @serve.ingress(app)
 class Api:
     """The routes."""
 
-    def __init__(
+    async def __init__(
         self, args: ServeArgs, aliases: DeploymentHandle, encoder: DeploymentHandle, shard_deployments: int
     ) -> None:
         self._args, self._aliases, self._encoder = args, aliases, encoder
         self._shard_deployments = shard_deployments
         self._dispatch = Dispatch(args.limits, aliases, encoder)
-        self._following = asyncio.ensure_future(self._dispatch.follow())
-        self._known: LRUCache[Any, Known] = LRUCache(args.cached_queries)
+        await self._dispatch.start()
+        self._answers = Answers(args.cache_bytes)
         self._metrics = Metrics(serve.get_replica_context().replica_tag)
         configure(Settings(args.keys, args.limits.body_bytes, self._metrics.request))
 
@@ -177,7 +168,7 @@ class Api:
         without = tuple(sorted(set(request.without_pages)))
         search = Search(request.top_k, request.level, request.with_text, only, without, request.fused)
         keys = [(served.version.id, request.task, search, text) for text in texts]
-        answers = {number: self._known[key] for number, key in enumerate(keys) if key in self._known}
+        answers = {number: known for number, key in enumerate(keys) if (known := self._answers.get(key))}
         asked = [number for number in range(len(texts)) if number not in answers]
         found = None
         if asked:
@@ -188,17 +179,18 @@ class Api:
             parts = zip(asked, found.hits, found.truncated, found.complete, strict=True)
             for number, hits, truncated, complete in parts:
                 answers[number] = Known(hits, truncated, complete)
-                if not found.failed and self._args.cached_queries:
-                    self._known[keys[number]] = answers[number]
+                if not found.failed:
+                    self._answers.keep(keys[number], answers[number])
         data = [answers[number] for number in range(len(texts))]
         spent = self._spent(request.task, found, len(asked), len(texts) - len(asked), began)
-        if self._args.log_queries:
-            seen().facts["query"] = request.query
         seen().facts["version"] = served.version.id
         if table.shadow and served is table.current:
             self._dispatch.start_shadow(table, request.task, texts, search, [one.hits for one in data])
+        coverage = self._coverage(served, found)
         if request.format == "kilt":
-            return _kilt_lines(request, [one.hits for one in data])
+            shards = coverage.shards
+            headers = {"x-index-version": served.version.id, "x-coverage": f"{shards.successful}/{shards.total}"}
+            return _kilt_lines(request, [one.hits for one in data], headers)
         return RetrieveResponse(
             model=served.contract.name,
             task=request.task,
@@ -212,7 +204,7 @@ class Api:
                 )
                 for text, one in zip(texts, data, strict=True)
             ],
-            coverage=self._coverage(served, found),
+            coverage=coverage,
             time=spent,
         )
 
@@ -236,17 +228,19 @@ class Api:
         )
 
     @app.post("/v1/embeddings")
-    async def openai_embeddings(self, request: OpenAIRequest) -> OpenAIResponse:
+    async def openai_embeddings(self, request: OpenAIRequest, response: Response) -> OpenAIResponse:
         """The same in the shape of OpenAI's API: `model` is `<name>@<task>`."""
         began = time.monotonic()
-        contract = self._dispatch.table.current.contract
+        served = self._dispatch.table.current
+        contract = served.contract
         name, _, task = request.model.partition("@")
         tasks = [one.name for one in contract.tasks]
         if name != contract.name or task not in tasks:
             known = ", ".join(f"{contract.name}@{one}" for one in tasks)
             raise RequestError(f"unknown model {request.model!r}; known: {known}", param="model")
         self._check(task, request.queries, None, param="input")
-        found = await self._dispatch.ask(self._dispatch.table.current, task, request.queries, None, None)
+        found = await self._dispatch.ask(served, task, request.queries, None, None)
+        response.headers["x-index-version"] = served.version.id
         self._spent(task, found, len(request.queries), 0, began)
         rows: list[list[float] | str] = found.embeddings_BD.tolist()
         if request.encoding_format == "base64":
@@ -291,7 +285,8 @@ class Api:
     @app.get("/passages/{passage_id}")
     async def passage(self, passage_id: str) -> PassageResponse:
         """The text of a passage, by the id that a hit carries."""
-        found = await self._encoder.passage.remote(self._dispatch.table.current.version, passage_id)
+        version = self._dispatch.table.current.version
+        found = await self._dispatch.within(self._encoder.passage.remote(version, passage_id))
         if found is None:
             raise HTTPException(404, f"the index has no passage {passage_id!r}")
         return PassageResponse(id=found.pop("passage_id"), **found)
@@ -299,13 +294,16 @@ class Api:
     @app.get("/aliases")
     async def aliases(self) -> AliasesResponse:
         """The alias that is served here, if versions are changed while serving."""
-        return AliasesResponse(aliases=[await self._aliases.state.remote()] if self._args.aliases else [])
+        return AliasesResponse(aliases=[await self._state()] if self._args.aliases else [])
 
     @app.get("/aliases/{name}")
     async def alias(self, name: str) -> AliasResponse:
         """What an alias points to, and how its last change goes."""
         self._require_alias(name)
-        state: AliasResponse = await self._aliases.state.remote()
+        return await self._state()
+
+    async def _state(self) -> AliasResponse:
+        state: AliasResponse = await self._dispatch.within(self._aliases.state.remote())
         return state
 
     @app.put("/aliases/{name}", status_code=202)
@@ -315,7 +313,7 @@ class Api:
         if key is None or "admin" not in key.scopes:
             raise HTTPException(403, "changing an alias takes a key of scope admin")
         self._require_alias(name)
-        state: AliasResponse = await self._aliases.change.remote(request, key.name)
+        state: AliasResponse = await self._dispatch.within(self._aliases.change.remote(request, key.name))
         return state
 
     def _require_alias(self, name: str) -> None:
@@ -338,14 +336,20 @@ class Api:
         """A page that asks all tasks at once."""
         return HTMLResponse(PAGE, headers=HEADERS)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics(self) -> Response:
         """What this HTTP replica has counted, for Prometheus."""
         return Response(self._metrics.text(self._dispatch.tokens_under_way), media_type="text/plain; version=0.0.4")
 
     def _check(self, task: str, texts: list[str], timeout_ms: int | None, top_k: int = 1, param: str = "query") -> None:
         """Raises: RequestError for what breaks a rule or a limit."""
+        if self._args.log_queries:
+            seen().facts["query"] = texts
         limits = self._args.limits
+        longest = max(map(len, texts), default=0)
+        if longest > limits.query_characters:
+            most = limits.query_characters
+            raise TooLarge(f"a {param} has {longest} characters but may have {most}; send less of it", param=param)
         if len(texts) > limits.queries:
             raise TooLarge(f"{param} has {len(texts)} queries but a request may hold {limits.queries}", param=param)
         if top_k > limits.top_k:

@@ -14,6 +14,8 @@ from taskspec.sections import Section
 class Limits(Section):
     """What a request may ask for, and what a replica takes on. `GET /info` shows it."""
 
+    query_characters: int = Field(20_000, ge=1)
+    """Longest query. What is longer than its task's max_query_tokens is cut, but has to be split into tokens first."""
     body_bytes: int = Field(4_000_000, ge=1000)
     """Longest body of a request."""
     queries: int = Field(1000, ge=1)
@@ -45,10 +47,13 @@ class ServeArgs(Section):
     limits: Limits = Limits()
     batch_tokens: int = Field(4096, ge=1)
     """Tokens, about, of the queries that are embedded together."""
-    cached_queries: int = Field(10_000, ge=0)
-    """Answers that each HTTP replica keeps; 0 keeps none."""
+    cache_bytes: int = Field(64_000_000, ge=0)
+    """Memory, about, for answers that each HTTP replica keeps; 0 keeps none."""
     min_coverage: float = Field(0.5, ge=0, le=1)
     """Share of the shards without which even a request with allow_partial is refused."""
+    shard_timeout_ms: int = Field(5000, ge=1)
+    """How long a shard is waited for, within the request's own time; one that takes longer is left out until it answers
+    again."""
     shard_deployments: int | None = Field(None, ge=1)
     """None is one for each shard of the index."""
     shard_cpus: float = Field(0.1, gt=0)
@@ -56,6 +61,6 @@ class ServeArgs(Section):
     threads: int | None = Field(None, ge=1)
     """Threads of one encoder replica; None is every core of its node."""
     shard_threads: int | None = Field(None, ge=1)
-    """Threads of one shard replica; None is every core of its node."""
+    """Threads that one search of a shard replica takes; None is every core of its node."""
     log_queries: bool = False
     """Whether the log of requests holds their queries."""

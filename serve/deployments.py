@@ -12,9 +12,11 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import faiss
@@ -23,15 +25,16 @@ import torch
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from serve.aliases import Table
 from serve.arguments import ServeArgs
 from serve.asks import Ask, Batch, Embedded, Found, FoundAll, Search, Version
 from serve.batching import Batcher, LateError
-from serve.remote import RemoteShards
+from serve.guard import LOGGING
+from serve.remote import RemoteShards, ShardLine
+from serve.versions import Table, reopen_version
 from taskspec import artifacts
-from taskspec.index.manifest import KIND, LEXICAL_FOLDER, PASSAGES_FILE, IndexManifest
+from taskspec.index.manifest import KIND, LEXICAL_FOLDER, PASSAGES_FILE
 from taskspec.index.page_ids import PAGE_ID_FILES
-from taskspec.index.shard import Results, load_shard
+from taskspec.index.shard import Results
 from taskspec.model.encoder import TextEncoder
 from taskspec.retrieve.catalog import Catalog, LocalShards
 from taskspec.train.checkpoint import open_encoder
@@ -46,17 +49,22 @@ SEARCH_THREADS = 16
 """Batches that may wait for shards at the same time."""
 ENCODER_CPUS = 0.5
 """Logical CPUs that an encoder reserves unless a configuration says otherwise: little, so that any laptop can serve."""
-NO_ACCESS_LOG = {"enable_access_log": False}
-"""`guard` writes a line per request."""
+CLOSE_AFTER_S = 60.0
+"""How long a version that is wanted no more stays open; longer than a request may take by default."""
 
 
 class Versions(Generic[Opened]):
-    """What a replica has open: what `Aliases` says, which is asked again and again."""
+    """What a replica has open: what `Aliases` says, which is asked again and again.
+
+    A version that is wanted no more stays open for a while: requests that began with it are still under way.
+    """
 
     def __init__(self, open_one: Callable[[Version], Opened]) -> None:
         self._open_one = open_one
         self._opened: dict[str, Opened] = {}
         self._failed: dict[str, str] = {}
+        self._unwanted: dict[str, float] = {}
+        """Since when, by the monotonic clock."""
         self._lock = threading.Lock()
 
     def get(self, version: Version) -> Opened:
@@ -74,23 +82,39 @@ class Versions(Generic[Opened]):
         context = serve.get_replica_context()
         aliases = serve.get_deployment_handle("Aliases", context.app_name)
         table: Table = await aliases.table.remote()
-        await self._keep(table)
+        await self.keep(table)
         await asyncio.to_thread(self.get, table.current.version)  # without it the replica must not start
-        self._following = asyncio.create_task(self._follow(aliases, context.deployment, context.replica_tag, table))
+        say = partial(aliases.follow.remote, context.deployment, context.replica_tag)
+        self._following = asyncio.create_task(self.follow(say, table))
 
-    async def _follow(self, aliases: DeploymentHandle, deployment: str, replica: str, table: Table) -> None:
+    async def follow(self, say: Callable[..., Awaitable[Table]], table: Table) -> None:
+        """Says again and again what is open, and opens and closes what the answer asks for, for ever.
+
+        Opening takes minutes and goes on beside: a replica that says nothing for long is given up.
+        Args: say: (open ids, failures, table known here) → the table.
+        """
+        keeping: asyncio.Task[None] | None = None
         while True:
-            try:
-                has = frozenset(self._opened)
-                table = await aliases.follow.remote(deployment, replica, has, dict(self._failed), table)
-            except Exception as error:  # it is being started again: what is open stays open
-                logger.warning("Aliases does not answer %s: %s", replica, type(error).__name__)
-                await asyncio.sleep(1)
+            said = frozenset(self._opened), dict(self._failed)
+            saying = asyncio.create_task(_awaited(say(*said, table)))
+            while not saying.done() and said == (frozenset(self._opened), self._failed):
+                under_way = [saying, *([keeping] if keeping else [])]
+                await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+                if keeping is not None and keeping.done():
+                    keeping = None
+            if not saying.done():  # what is open has changed: say so at once
+                saying.cancel()
                 continue
-            await self._keep(table)
+            try:
+                table = saying.result()
+            except Exception as error:  # it is being started again: what is open stays open
+                logger.warning("Aliases does not answer: %s", type(error).__name__)
+                await asyncio.sleep(1)
+            if keeping is None:
+                keeping = asyncio.create_task(self.keep(table))
 
-    async def _keep(self, table: Table) -> None:
-        """Opens what is missing, one after the other, and closes what is no longer wanted."""
+    async def keep(self, table: Table) -> None:
+        """Opens what is missing, one after the other, and closes what has not been wanted for a while."""
         wanted = {version.id: version for version in table.versions}
         self._failed = {name: reason for name, reason in self._failed.items() if name in wanted}
         for name, version in wanted.items():
@@ -100,8 +124,16 @@ class Versions(Generic[Opened]):
                 except Exception as error:
                     logger.exception("version %s cannot be opened", name)
                     self._failed[name] = str(error)
-        for name in self._opened.keys() - wanted.keys():
-            del self._opened[name]
+        now = time.monotonic()
+        self._unwanted = {name: self._unwanted.get(name, now) for name in self._opened.keys() - wanted.keys()}
+        for name, since in self._unwanted.items():
+            if now - since >= CLOSE_AFTER_S:
+                del self._opened[name]
+
+
+async def _awaited(call: Awaitable[Table]) -> Table:
+    """A coroutine, which a task can be made of, of what Serve returns."""
+    return await call
 
 
 @dataclass(frozen=True)
@@ -110,29 +142,35 @@ class OpenModel:
 
     encoder: TextEncoder
     catalog: Catalog
+    shards: int
 
 
 def open_model(version: Version) -> OpenModel:
-    held = artifacts.read_manifest(version.index, KIND)
+    """Raises: ArtifactError, StoreError; ContractError if the checkpoint is not the one that built the index."""
+    served, held = reopen_version(version)
+    manifest = served.index
     lexical = [name for name in held.files if name.startswith(f"{LEXICAL_FOLDER}/")]
     files = (PASSAGES_FILE, *PAGE_ID_FILES, *lexical)
     artifact = artifacts.open_artifact(version.index, KIND, verify=True, files=files)
-    manifest = IndexManifest.of(version.index, artifact.manifest)
-    return OpenModel(open_encoder(version.checkpoint), Catalog.open(artifact.folder, manifest, version.id))
+    catalog = Catalog.open(artifact.folder, manifest, version.id)
+    return OpenModel(open_encoder(version.checkpoint), catalog, len(manifest.shards))
 
 
 @serve.deployment(
     ray_actor_options={"num_cpus": ENCODER_CPUS},
     max_ongoing_requests=256,
     graceful_shutdown_timeout_s=30,
-    logging_config=NO_ACCESS_LOG,
+    logging_config=LOGGING,
 )
 class Encoder:
     """Embeds queries, asks the shards, and makes hits of what they find."""
 
     async def __init__(self, args: ServeArgs, shards: list[DeploymentHandle]) -> None:
         torch.set_num_threads(args.threads or os.cpu_count() or 1)
-        self._calls = [handle.run.remote for handle in shards]
+        self._lines = [
+            ShardLine(number, handle.run.remote, handle.ping.remote, args.shard_timeout_ms / 1000)
+            for number, handle in enumerate(shards)
+        ]
         self._most_tokens = args.batch_tokens
         self._models = Versions(open_model)
         self._embedding = ThreadPoolExecutor(1, "embed")
@@ -182,17 +220,21 @@ class Encoder:
         return await asyncio.get_running_loop().run_in_executor(self._embedding, self._embed_batch, asks)
 
     def _embed_batch(self, asks: Sequence[Ask]) -> list[Embedded | Exception]:
-        """Version by version, task by task; what fails for one, such as a version that cannot be opened, is its own."""
+        """Version by version, task by task; if one of them fails, then request by request: a failure is its own."""
         began = time.monotonic()
         parts: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray] | Exception] = {}
-        for (version, task), numbers in _numbers_by((ask.version, ask.task) for ask in asks):
+        groups = deque(_numbers_by((ask.version, ask.task) for ask in asks))
+        while groups:
+            (version, task), numbers = groups.popleft()
             try:
                 encoder = self._models.get(version).encoder
                 texts = [text for number in numbers for text in asks[number].texts]
                 queries = encoder.tokenizer.queries(task, texts)
                 columns = encoder.embed_tokens(queries), queries.truncated_B, queries.mask_BL.sum(axis=1)
             except Exception as error:
-                parts.update(dict.fromkeys(numbers, error))
+                if len(numbers) == 1:
+                    parts[numbers[0]] = error
+                groups.extend(((version, task), [number]) for number in numbers if len(numbers) > 1)
                 continue
             stops = np.cumsum([len(asks[number].texts) for number in numbers])[:-1]
             parts.update(zip(numbers, zip(*(np.split(column, stops) for column in columns), strict=True), strict=True))
@@ -234,10 +276,11 @@ class Encoder:
         first = asks[0]
         if first.search is None:
             return [Found(one, None, [True] * len(one.tokens_B), frozenset()) for one in embedded]
-        catalog = self._models.get(first.version).catalog
-        search = first.search
+        model = self._models.get(first.version)
+        catalog, search = model.catalog, first.search
         pages = catalog.choose_pages(search.only_pages, search.without_pages)
-        shards = RemoteShards(self._calls, loop, first.version, max(ask.deadline for ask in asks))
+        deadline = max(ask.deadline for ask in asks)
+        shards = RemoteShards(self._lines[: model.shards], loop, first.version, deadline)
         hits = catalog.search(
             shards,
             np.concatenate([one.embeddings_BD for one in embedded]),
@@ -261,26 +304,32 @@ class Encoder:
         return found
 
 
-@serve.deployment(max_ongoing_requests=SEARCH_THREADS, graceful_shutdown_timeout_s=30, logging_config=NO_ACCESS_LOG)
+@serve.deployment(max_ongoing_requests=SEARCH_THREADS, graceful_shutdown_timeout_s=30, logging_config=LOGGING)
 class Shard:
     """The shards of an index with this deployment's number, plus any multiple of the number of deployments."""
 
     async def __init__(self, args: ServeArgs, number: int, of: int) -> None:
-        faiss.omp_set_num_threads(args.shard_threads or os.cpu_count() or 1)
+        # FAISS keeps its number of threads by calling thread.
+        threads = args.shard_threads or os.cpu_count() or 1
+        self._searching = ThreadPoolExecutor(SEARCH_THREADS, "search", faiss.omp_set_num_threads, (threads,))
         self._number, self._of = number, of
         self._versions = Versions(self._open)
         await self._versions.start()
 
     def _open(self, version: Version) -> LocalShards:
-        manifest = IndexManifest.of(version.index, artifacts.read_manifest(version.index, KIND))
+        manifest = reopen_version(version)[0].index
         own = manifest.shards[self._number :: self._of]
         artifact = artifacts.open_artifact(version.index, KIND, verify=True, files=[shard.file for shard in own])
-        return LocalShards([load_shard(artifact.folder / s.file, manifest.kind, s.row_start, s.max_norm) for s in own])
+        return LocalShards.open(artifact.folder, manifest, own)
+
+    async def ping(self) -> None:
+        """Answers if a replica is there."""
 
     async def run(self, version: Version, left_s: float, method: str, *arguments: Any) -> Results:
         """`search` or `rank` of `LocalShards`.    Raises: TimeoutError if nobody waits for it any more."""
         deadline = time.monotonic() + left_s
-        return await asyncio.to_thread(self._run, version, deadline, method, arguments)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._searching, self._run, version, deadline, method, arguments)
 
     def _run(self, version: Version, deadline: float, method: str, arguments: tuple[Any, ...]) -> Results:
         shards = self._versions.get(version)

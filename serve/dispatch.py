@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
+from contextlib import suppress
+from typing import TypeVar
 
 from fastapi import HTTPException
 from ray.exceptions import RayActorError
@@ -16,11 +18,11 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from serve.admission import Admission, Overloaded, query_tokens
-from serve.aliases import Served, Table
 from serve.arguments import Limits
 from serve.asks import FoundAll, Search
 from serve.errors import Late
 from serve.remote import ShardsLostError
+from serve.versions import Served, Table
 from taskspec.model.contract import ContractTask
 from taskspec.retrieve.hits import Hit
 
@@ -28,6 +30,8 @@ MOST_SHADOWS = 4
 """Requests of one HTTP replica that are asked of two versions at the same time."""
 READY_TIMEOUT_S = 5.0
 """How long a query may take to come back from every shard."""
+
+Answer = TypeVar("Answer")
 
 logger = logging.getLogger("ray.serve")
 
@@ -41,8 +45,16 @@ class Dispatch:
         self._table: Table | None = None
         self._shadows: set[asyncio.Task[None]] = set()
 
-    async def follow(self) -> None:
-        """Keeps the table as `Aliases` has it, for ever; while that is started again the last one counts."""
+    async def start(self) -> None:
+        """Waits for the first table, and follows `Aliases` from then on.
+
+        Raises: what Serve raises if it is not there: then the replica must not start.
+        """
+        self._table = await self._aliases.table.remote()
+        self._following = asyncio.create_task(self._follow())
+
+    async def _follow(self) -> None:
+        """Keeps the table as `Aliases` has it; while that is started again the last one counts."""
         while True:
             try:
                 self._table = await self._aliases.table.remote(self._table)
@@ -56,10 +68,20 @@ class Dispatch:
 
     @property
     def table(self) -> Table:
-        """Which versions answer. Raises: HTTPException while the replica has only just started."""
-        if self._table is None:
-            raise HTTPException(503, "the server is starting; ask again")
+        """Which versions answer."""
+        assert self._table is not None, "started"
         return self._table
+
+    async def within(self, call: Awaitable[Answer], timeout_ms: int | None = None) -> Answer:
+        """What a call gives in time.    Args: timeout_ms: None is the longest that a request may ask for.
+
+        Raises: Late, and what the call raises.
+        """
+        timeout_ms = timeout_ms or self._limits.timeout_ms
+        try:
+            return await asyncio.wait_for(call, timeout_ms / 1000)
+        except TimeoutError as error:
+            raise Late(f"no answer within {timeout_ms} ms; ask again") from error
 
     async def ask(
         self, served: Served, task: str, texts: list[str], search: Search | None, timeout_ms: int | None
@@ -106,12 +128,15 @@ class Dispatch:
             found = await self.ask(candidate, task, texts, search, None)
         except (Overloaded, Late, ShardsLostError, RayActorError, RayServeException):
             return  # the answer has been given; nothing is lost but a comparison
+        if found.failed:
+            return  # a part of the candidate says nothing about the whole
         overlaps = [
             len({hit.id for hit in old} & {hit.id for hit in new}) / len(old)
             for old, new in zip(hits, found.hits, strict=True)
             if old
         ]
-        await self._aliases.compare.remote(task, candidate.version.id, overlaps)
+        with suppress(RayActorError, RayServeException):
+            await self._aliases.compare.remote(task, candidate.version.id, overlaps)
 
     async def _run(
         self, served: Served, task: ContractTask, texts: list[str], search: Search | None, left_s: float

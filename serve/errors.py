@@ -116,7 +116,8 @@ async def _refusal(request: Request, exception: Exception) -> JSONResponse:
     if error.status_code == 503:
         return _answer(503, Error(message=message, type="unavailable", param=None, code="not_ready"), RETRY_AFTER)
     code = "method" if error.status_code == 405 else "request"
-    return _answer(error.status_code, Error(message=message, type="invalid_request", param=None, code=code))
+    told = Error(message=message, type="invalid_request", param=None, code=code)
+    return _answer(error.status_code, told, dict(error.headers or {}))
 
 
 async def _overload(request: Request, exception: Exception) -> JSONResponse:
@@ -140,8 +141,8 @@ async def _no_shard(request: Request, exception: Exception) -> JSONResponse:
 
 
 async def _no_encoder(request: Request, exception: Exception) -> JSONResponse:
-    """The encoder's process is gone, or takes no more."""
-    message = "no encoder could take the request; send it again"
+    """A process behind the route is gone, or takes no more."""
+    message = "the process that would answer is not there, or takes no more; send the request again"
     return _answer(503, Error(message=message, type="unavailable", param=None, code="no_replica"), RETRY_AFTER)
 
 

@@ -5,7 +5,8 @@ Path: [here] ← app, aliases.  Field names and defaults of `POST /retrieve` sta
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -20,7 +21,27 @@ class Model(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
-class RetrieveRequest(Model):
+class Request(Model):
+    """A part of a request: its strings are text."""
+
+    @field_validator("*")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        for text in _strings(value):
+            if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise ValueError("holds half of a surrogate pair, which is no character")
+        return value
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for one in value:
+            yield from _strings(one)
+
+
+class RetrieveRequest(Request):
     """A query, or several of one task."""
 
     query: str | list[str]
@@ -117,7 +138,7 @@ class IndexInfo(Model):
     """Of the contract under which it was built."""
 
 
-class EmbedRequest(Model):
+class EmbedRequest(Request):
     """A query, or several of one task."""
 
     query: str | list[str]
@@ -152,7 +173,7 @@ class EmbedResponse(Model):
     """Of all queries, prompts included."""
 
 
-class OpenAIRequest(Model):
+class OpenAIRequest(Request):
     """The part of OpenAI's request for embeddings that has a meaning here."""
 
     input: str | list[str]
@@ -274,7 +295,7 @@ class InfoResponse(Model):
     """Of the software."""
 
 
-class AliasRequest(Model):
+class AliasRequest(Request):
     """Which version an alias is to point to, and for how much of the traffic.
 
     Neither `shares` nor `shadow`: all of it, which is a flip. The version that it points to now: nothing else is tried
@@ -331,6 +352,7 @@ class AliasResponse(Model):
     """Of the last change that was asked for: `loading` into every replica, `trying` golden queries on it, `served`, or
     `refused`, then `reason` says why and nothing has changed."""
     reason: str | None
+    """Why it was refused, or served without a trial."""
     golden: dict[str, dict[str, float]]
     """Version → task → R-precision on the golden queries, when they were last tried."""
 

@@ -17,7 +17,7 @@ import yaml
 from head_node import COMMANDS, ROOT, Head, free_ports, head_node
 from small_index import configuration, publish_index, publish_model
 
-from serve.aliases import open_version
+from serve.versions import open_version
 from taskspec.errors import EndpointError
 from taskspec.retrieve.client import Client
 
@@ -51,7 +51,7 @@ def deploy(head: Head, folder: Path, port: int, replicas: int) -> None:
         "index": str(folder / "index-a"),
         "aliases": str(folder / "aliases"),
         "keys": [key],
-        "cached_queries": 0,
+        "cache_bytes": 0,
         "threads": 1,
         "shard_threads": 1,
     }
@@ -169,3 +169,41 @@ def test_no_request_is_lost_while_replicas_die_a_version_flips_and_the_app_scale
     final = httpx.post(f"{url}/retrieve", json={"query": "Io", "task": "nq"}, headers=KEY, timeout=60).json()
     assert final["index"]["version"] == b
     print(f"{sum(load.versions.values())} answers, none lost: {dict(load.versions)}")
+
+
+def test_while_the_only_replica_of_a_shard_is_gone_the_rest_answers_and_then_all_of_it(
+    head: Head, folder: Path
+) -> None:
+    """Runs after the other test: the application stands, with one replica of each."""
+    (port,) = free_ports(1)
+    url = f"http://127.0.0.1:{port}"
+    deploy(head, folder, port, replicas=1)
+
+    def ask(**fields: Any) -> httpx.Response:
+        body = {"query": f"who {time.monotonic()}", "task": "nq", "level": "passage", "top_k": 12, **fields}
+        return httpx.post(f"{url}/retrieve", json=body, headers=KEY, timeout=60)
+
+    def whole() -> bool:
+        try:
+            answer = ask()
+        except httpx.TransportError:
+            return False
+        return answer.status_code == 200 and len(answer.json()["data"][0]["hits"]) == 12
+
+    until(whole, "the endpoint answers")
+    (pid,) = replicas("Shard1")
+    os.kill(pid, signal.SIGKILL)
+    seen = Counter()
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        partial, strict = ask(allow_partial=True), ask()
+        coverage = partial.json()["coverage"]["shards"] if partial.status_code == 200 else None
+        seen[partial.status_code, coverage and coverage["successful"], strict.status_code] += 1
+        if coverage and coverage["failed"]:
+            assert len(partial.json()["data"][0]["hits"]) == 5, "the rows of the other shard"
+            assert not partial.json()["data"][0]["complete"]
+        if strict.status_code == 200 and sum(seen.values()) > 1:
+            break
+    assert not [kind for kind in seen if kind[0] != 200], seen
+    assert any(successful == 1 and strict == 503 for _, successful, strict in seen), seen
+    until(whole, "the whole index answers again")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -12,11 +13,13 @@ import httpx
 import pytest
 from small_index import GOLDEN, TITLES, best_page, configuration, publish_index, publish_model, serving
 
-from serve.aliases import AliasFile, Table, open_version
+from serve.alias_file import AliasFile
 from serve.arguments import ServeArgs
 from serve.errors import Conflict
 from serve.keys import Key
+from serve.versions import Table, open_version, reopen_version
 from taskspec import store
+from taskspec.errors import ArtifactError
 
 ADMIN, READER = {"x-api-key": "a" * 43}, {"x-api-key": "r" * 43}
 
@@ -51,7 +54,7 @@ def url(folder: Path, serve_port: int) -> Iterator[str]:
         shard_deployments=2,
         threads=1,
         shard_threads=1,
-        cached_queries=0,
+        cache_bytes=0,
     )
     with serving(args, serve_port, "aliased") as url:
         yield url
@@ -195,7 +198,8 @@ def test_every_change_is_in_the_log_and_the_file_says_what_is_served(url: str, f
     assert flips[:2] == [version(folder, "b"), version(folder, "a")]
     assert [entry for entry in log if entry["action"] == "refuse" and "R-precision" in entry["reason"]]
     tree = json.loads((folder / "aliases/live.json").read_bytes())
-    assert tree["current"] == {"checkpoint": str(folder / "a"), "index": str(folder / "index-a")}
+    a = {"id": version(folder, "a"), "checkpoint": str(folder / "a"), "index": str(folder / "index-a")}
+    assert tree["current"] == a
     assert tree["revision"] == state(url)["revision"]
 
 
@@ -206,11 +210,42 @@ def test_of_two_endpoints_that_change_an_alias_one_wins(folder: Path, s3_bucket:
         assert first.read() is None
         assert second.read() is None
         first.write(Table(1, a))
-        with pytest.raises(Conflict, match=r"race/live\.json was changed by another endpoint; ask for its state"):
+        with pytest.raises(Conflict, match=r"race/live\.json was changed by another endpoint, which this one follows"):
             second.write(Table(1, b))
-        read = second.read()
-        assert read is not None
-        assert read["current"]["checkpoint"] == str(folder / "a")
-        second.write(Table(2, b))
+        assert second.read() == Table(1, a)
+        assert second.read() is None, "as it was read"
+        second.write(Table(2, b, opened=(a.version,)))
+        again = AliasFile(root, "live")
+        assert again.read() == Table(2, b, opened=(a.version,))
         with pytest.raises(Conflict):
             first.write(Table(2, a))
+
+
+def test_a_version_whose_index_was_built_anew_is_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "index-a", tmp_path / "index")
+    file = AliasFile(str(tmp_path / "aliases"), "live")
+    served = open_version(str(folder / "a"), str(tmp_path / "index"))
+    file.write(Table(1, served))
+    assert reopen_version(served.version)[0] == served
+    shutil.rmtree(tmp_path / "index")
+    publish_index(str(tmp_path / "index"), served.contract, str(folder / "a"))
+    with pytest.raises(
+        ArtifactError, match=rf"index: holds version \w+ and no longer {served.version.id}; an index that"
+    ):
+        AliasFile(str(tmp_path / "aliases"), "live").read()
+
+
+def test_an_endpoint_follows_what_another_writes_into_the_file(folder: Path, url: str) -> None:
+    """Last of the module: it leaves the alias where the other endpoint put it."""
+    before = state(url)
+    other = AliasFile(str(folder / "aliases"), "live")
+    table = other.read()
+    assert table is not None
+    name = "b" if before["current"]["version"] == version(folder, "a") else "a"
+    new = open_version(str(folder / name), str(folder / f"index-{name}"))
+    other.write(Table(table.revision + 1, new, opened=(table.current.version,)))
+    deadline = time.monotonic() + 60
+    while state(url)["current"]["version"] != new.version.id:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert state(url)["revision"] == table.revision + 1

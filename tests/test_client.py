@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from taskspec.errors import EndpointError
-from taskspec.retrieve.client import Answer, AsyncClient, Client
+from taskspec.retrieve.client import Answer, AsyncClient, Client, _Attempts
 from taskspec.retrieve.hits import Hit
 
 HIT = {"rank": 1, "id": "7", "score": 0.5, "wikipedia_id": "7", "title": "Ceres", "text": None}
@@ -63,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         if given is None:
             data = [answer(query) for query in body["query"]]
-            given = 200, {}, json.dumps({"index": {"version": "v1"}, "data": data}).encode()
+            given = 200, {}, json.dumps({"index": {"version": "v1"}, "coverage": {"full": True}, "data": data}).encode()
         status, headers, content = given
         self.send_response(status)
         for name, value in headers.items():
@@ -120,7 +120,7 @@ def test_a_query_gets_its_hits(server, ask):
     (found,) = ask(
         server.url, lambda client: client.retrieve("who", "nq", top_k=3), headers={"authorization": "Bearer k"}
     )
-    assert found == Answer("who", False, True, (Hit(**HIT),), "v1")
+    assert found == Answer("who", False, True, True, (Hit(**HIT),), "v1")
     assert server.requests == [
         {"query": ["who"], "task": "nq", "top_k": 3, "level": "page", "with_text": False, "_key": "Bearer k"}
     ]
@@ -177,6 +177,23 @@ def test_the_time_that_the_server_asks_for_is_waited(server, ask):
     date = email.utils.formatdate(time.time() + 3600, usegmt=True)
     server.before = [refusal(503, {"retry-after": date})]
     with pytest.raises(EndpointError, match=r"after 1 attempt\(s\); the next .* in 3[56]\d\d\.\d s; .* 503"):
+        ask(server.url, lambda client: client.retrieve("who", "nq"))
+
+
+def test_a_server_that_asks_for_no_time_at_all_is_not_hammered(server, ask):
+    server.before = [refusal(429, {"retry-after": "0"}) for _ in range(1000)]
+    with pytest.raises(EndpointError, match="no answer in time"):
+        ask(server.url, lambda client: client.retrieve("who", "nq"), timeout_s=1.0)
+    assert len(server.requests) < 50
+    attempts = _Attempts("POST", time.monotonic() + 60)
+    for _ in range(2000):  # a thousand doublings are more than a float holds
+        attempts.done(503, {}, b"")
+    assert 0 <= attempts.wait() <= 5
+
+
+def test_an_answer_that_is_no_json_is_an_error_of_the_endpoint(server, ask):
+    server.before = [(200, {}, b"<html>Sign in</html>")]
+    with pytest.raises(EndpointError, match="200, but the body is no JSON: <html>Sign in</html>"):
         ask(server.url, lambda client: client.retrieve("who", "nq"))
 
 

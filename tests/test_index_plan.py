@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from taskspec.errors import PlacementError
 from taskspec.index.kinds import KINDS
-from taskspec.index.plan import Budget, IndexPlan, Speed, plan_index
+from taskspec.index.plan import Budget, IndexPlan, Speed, plan_index, require_memory
 
 SPEEDS = {
     "flat": Speed(rows=10_000, search_s=2e-3, build_s=0.01),
@@ -107,3 +107,9 @@ def test_a_plan_that_is_not_told_how_large_is_refused() -> None:
         2,
         "ConfigError: --plan needs either --checkpoint URI or the --dimension of its embeddings\n",
     )
+
+
+def test_a_shard_that_does_not_fit_while_it_is_built_is_refused_before_work_starts() -> None:
+    require_memory("flat", 1_000_000, 768, node_bytes=13_000_000_000)
+    with pytest.raises(PlacementError, match=r"a shard of 1,000,000 passages takes .* GB while it is built"):
+        require_memory("flat", 1_000_000, 768, node_bytes=12_000_000_000)

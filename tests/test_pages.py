@@ -45,7 +45,26 @@ def test_only_queries_whose_pages_are_too_few_are_searched_wider() -> None:
     scan = Scan(scores_BN)
     rankings = search_pages(scan, page_of_row_N, numbered(2), top_k=2)
     assert [ranking.rows_K.tolist() for ranking in rankings] == [[0, 40], [41, 40]]
-    assert scan.searched == [(2, 2 * PASSAGES_PER_PAGE), (1, 2 * PASSAGES_PER_PAGE**2), (1, 2 * PASSAGES_PER_PAGE**3)]
+    assert scan.searched == [(2, 2 * PASSAGES_PER_PAGE), (1, 2 * PASSAGES_PER_PAGE**2), (1, 42)], (
+        "no more rows than there are"
+    )
+
+
+def test_a_search_that_reaches_no_more_is_not_widened() -> None:
+    """An approximate index reaches five rows of the first query, all of page 0, however many are asked for."""
+    page_of_row_N = np.repeat(np.arange(100), 10)
+    scan = Scan(np.tile(-np.arange(1000.0), (2, 1)))
+
+    def reaching(queries_B1: np.ndarray, top_k: int) -> list[Ranking]:
+        found = scan(queries_B1, top_k)
+        return [
+            Ranking(one.scores_K[:5], one.rows_K[:5]) if number == 0 else one
+            for number, one in zip(queries_B1[:, 0].tolist(), found, strict=True)
+        ]
+
+    rankings = search_pages(reaching, page_of_row_N, numbered(2), top_k=4)
+    assert [ranking.rows_K.tolist() for ranking in rankings] == [[0], [0, 10, 20, 30]]
+    assert scan.searched == [(2, 12), (1, 36)]
 
 
 def test_fewer_pages_than_top_k_are_all_given() -> None:

@@ -5,6 +5,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from cachetools import LRUCache
 from fastapi import FastAPI, HTTPException
 from fastapi.testclient import TestClient
 from ray.exceptions import ActorDiedError
@@ -22,19 +22,22 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from small_index import TEXTS, TITLES, configuration, publish_index, publish_model, serving
 
 from serve.admission import Overloaded
-from serve.aliases import Table, open_version
+from serve.answers import Answers
 from serve.app import Api, Refusal, build
 from serve.arguments import Limits, ServeArgs
-from serve.asks import Batch, FoundAll
+from serve.asks import Ask, Batch, FoundAll, Version
+from serve.deployments import Encoder, Shard, Versions, open_model
 from serve.dispatch import Dispatch
 from serve.errors import Late, Uncovered, answer_errors
 from serve.guard import GuardMiddleware, Seen, note
 from serve.metrics import Metrics
 from serve.remote import ShardsLostError
 from serve.schema import RetrieveRequest, RetrieveResponse
+from serve.versions import Table, open_version
 from taskspec import artifacts
+from taskspec.errors import ArtifactError
 from taskspec.index.manifest import KIND
-from taskspec.retrieve.catalog import index_version
+from taskspec.retrieve.catalog import LocalShards, index_version
 from taskspec.retrieve.hits import Hit
 from taskspec.retrieve.retriever import Retriever
 
@@ -66,7 +69,8 @@ def url(folder: Path, serve_port: int) -> Iterator[str]:
 
 
 def post(url: str, **body: object) -> httpx.Response:
-    return httpx.post(f"{url}/retrieve", json=body, timeout=30)
+    content = json.dumps(body)  # escapes halves of surrogate pairs, which httpx would not send
+    return httpx.post(f"{url}/retrieve", content=content, headers={"content-type": "application/json"}, timeout=30)
 
 
 def test_an_answer_is_the_retriever_s(url: str, folder: Path) -> None:
@@ -224,6 +228,9 @@ GOOD = {"query": "Io", "task": "nq"}
         (GOOD | {"top_k": 1001}, 422, "top_k", "invalid_top_k", "top_k is 1001 but may be 1000 at most"),
         (GOOD | {"timeout_ms": 30_001}, 422, "timeout_ms", "invalid_timeout_ms", "timeout_ms is 30001 but may be"),
         (GOOD | {"only_pages": ["1"] * 10_001}, 413, "only_pages", "too_long", "only_pages and without_pages name"),
+        (GOOD | {"query": "x" * 20_001}, 413, "query", "too_long", "a query has 20001 characters but may have 20000"),
+        (GOOD | {"query": "\ud800"}, 422, "query", "value_error", "query: holds half of a surrogate pair, which is no"),
+        (GOOD | {"only_pages": ["1", "a\udfff"]}, 422, "only_pages", "value_error", "only_pages: holds half of a"),
         (GOOD | {"topk": 5}, 422, "topk", "extra_forbidden", "unknown field topk; known: query, task, top_k"),
         (GOOD | {"level": "para"}, 422, "level", "literal_error", "level: Input should be 'page' or 'passage'"),
         ({"query": "Io"}, 422, "task", "missing", "task: Field required"),
@@ -283,6 +290,7 @@ def test_errors_have_one_shape_everywhere(
     assert response.json()["request_id"] == "mine"
     assert response.json()["error"]["type"] == type_
     assert response.json()["error"]["message"].startswith(message)
+    assert response.headers.get("allow") == ("POST" if status == 405 else None)
 
 
 def test_what_may_be_asked_is_told(url: str) -> None:
@@ -321,7 +329,7 @@ def api_of(folder: Path, answer: FoundAll | Exception, **args: Any) -> Any:
     api._shard_deployments = api._args.shard_deployments or len(served.index.shards)
     api._dispatch = Dispatch(api._args.limits, None, Unreachable(answer))
     api._dispatch._table = Table(1, served)
-    api._known = LRUCache(10)
+    api._answers = Answers(10_000)
     api._metrics = Metrics("one")
     note(Seen("mine"))
     return api
@@ -390,9 +398,9 @@ def test_an_answer_is_kept_unless_it_is_partial(folder: Path) -> None:
     ("raised", "status", "type_", "message"),
     [
         (HTTPException(503, "no retriever answers"), 503, "unavailable", "GET /broken: no retriever answers"),
-        (DeploymentUnavailableError("Encoder"), 503, "unavailable", "no encoder could take the request"),
-        (BackPressureError(num_queued_requests=9, max_queued_requests=9), 503, "unavailable", "no encoder could"),
-        (ActorDiedError(), 503, "unavailable", "no encoder could take the request"),
+        (DeploymentUnavailableError("Encoder"), 503, "unavailable", "the process that would answer is not there"),
+        (BackPressureError(num_queued_requests=9, max_queued_requests=9), 503, "unavailable", "the process that would"),
+        (ActorDiedError(), 503, "unavailable", "the process that would answer is not there"),
         (Uncovered("1 of 2 shards do not answer"), 503, "unavailable", "1 of 2 shards do not answer"),
         (Overloaded(7), 429, "overloaded", "too much work is under way; ask again in 7 s"),
         (Late("no answer within 5 ms"), 504, "deadline", "no answer within 5 ms"),
@@ -460,3 +468,53 @@ def test_serve_run_ends_with_one_line_before_ray_starts(folder: Path) -> None:
 def test_arguments_that_make_no_sense_are_refused_in_one_line(args, message):
     with pytest.raises(Refusal, match=message):
         build(args)
+
+
+@pytest.mark.parametrize("name", ["5.faiss", "passages.arrow", "page_ids.npy", "page_rows.npy"])
+@pytest.mark.parametrize("damage", ["a bit flipped", "cut short", "missing"])
+def test_a_damaged_part_of_an_index_is_refused_by_name(name: str, damage: str, folder: Path, tmp_path: Path) -> None:
+    index = shutil.copytree(folder / "index", tmp_path / "index")
+    served = open_version(str(folder / "checkpoint"), str(index))
+    path = index / name
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    else:
+        content[-1] ^= 1
+        path.write_bytes(content if damage == "a bit flipped" else content[:-1])
+    opening = open_shard if name.endswith("faiss") else open_model
+    with pytest.raises(ArtifactError, match=rf"index: {name} is (not the file in the manifest|missing)"):
+        opening(served.version)
+
+
+def open_shard(version: Version) -> LocalShards:
+    shard = object.__new__(Shard.func_or_class)
+    shard._number, shard._of = 1, 2
+    opened: LocalShards = shard._open(version)
+    return opened
+
+
+def test_shards_that_do_not_hold_every_row_once_are_refused(folder: Path, tmp_path: Path) -> None:
+    index = shutil.copytree(folder / "index", tmp_path / "index")
+    manifest = index / artifacts.MANIFEST
+    for wrong, message in (
+        ('"row_start": 6', "shard 1 begins at row 6, but those before it end at 5"),
+        ('"row_start": 4', "shard 1 begins at row 4, but those before it end at 5"),
+    ):
+        manifest.write_text((folder / "index" / artifacts.MANIFEST).read_text().replace('"row_start": 5', wrong))
+        with pytest.raises(ArtifactError, match=message):
+            open_version(str(folder / "checkpoint"), str(index))
+
+
+def test_what_the_tokenizer_cannot_do_for_one_request_fails_none_beside_it(folder: Path) -> None:
+    """Requests of one task are embedded together."""
+    encoder = object.__new__(Encoder.func_or_class)
+    encoder._models = Versions(open_model)
+    served = open_version(str(folder / "checkpoint"), str(folder / "index"))
+    texts = (("Io",), ("\ud800",), ("Ceres", "Titan"))  # half of a surrogate pair, which the schema refuses
+    asks = [Ask(served.version, "nq", of_one, None, float("inf")) for of_one in texts]
+    good, bad, two = encoder._embed_batch(asks)
+    assert isinstance(bad, TypeError)
+    assert [len(one.embeddings_BD) for one in (good, two)] == [1, 2]
+    alone = open_model(served.version).encoder.embed_queries("nq", ["Io"])[0]
+    np.testing.assert_allclose(good.embeddings_BD, alone, atol=1e-6)

@@ -3,8 +3,10 @@
 import asyncio
 import json
 import logging
+import threading
 import time
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,16 +15,21 @@ from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
+from ray._common.formatters import JSONFormatter  # what Serve formats with if it is told JSON
 from ray.exceptions import ActorDiedError
+from ray.serve.exceptions import DeploymentUnavailableError
 
-from serve import guard, keys
+from serve import deployments, guard, keys, remote
 from serve.admission import Admission, Overloaded, query_tokens
+from serve.answers import Answers, Known
+from serve.asks import Search, Version
 from serve.batching import Batcher, LateError
-from serve.deployments import _cuts
+from serve.deployments import Versions, _cuts
 from serve.errors import answer_errors
 from serve.keys import Key
-from serve.remote import RemoteShards, ShardsLostError
+from serve.remote import RemoteShards, ShardLine, ShardsLostError
 from taskspec.index.shard import Results
+from taskspec.retrieve.hits import Hit
 
 FOREVER = float("inf")
 
@@ -262,15 +269,15 @@ def test_every_request_leaves_one_line_and_one_count(client: TestClient, caplog:
     client.post("/echo/nq", json=["secret text"], headers=headers)
     client.post("/echo/nq", json=[])
     client.get("/nowhere", headers=headers)
-    lines = [json.loads(record.message) for record in caplog.records if record.name == "ray.serve"]
+    lines = [json.loads(JSONFormatter().format(one))["request"] for one in caplog.records if one.name == "ray.serve"]
     assert [(line["method"], line["path"], line["status"], line["key"]) for line in lines] == [
         ("POST", "/echo/nq", 200, "team-a"),
         ("POST", "/echo/nq", 401, None),
         ("GET", "/nowhere", 404, "team-a"),
     ]
     assert (lines[0]["request_id"], lines[0]["task"]) == ("mine", "nq")
-    assert "secret text" not in caplog.text
-    assert SECRET not in caplog.text
+    assert "secret text" not in json.dumps(lines)
+    assert SECRET not in json.dumps(lines)
     assert counted == [("POST", "/echo/{name}", 200), ("POST", "none", 401), ("GET", "none", 404)]
 
 
@@ -279,7 +286,8 @@ def shards(*calls: Callable[..., Awaitable[Results]], left_s: float = 5.0) -> tu
 
     async def run() -> tuple[Results | Exception, set[int]]:
         loop = asyncio.get_running_loop()
-        remote = RemoteShards(calls, loop, "v", time.monotonic() + left_s)
+        lines = [ShardLine(number, call, never, 5.0) for number, call in enumerate(calls)]
+        remote = RemoteShards(lines, loop, "v", time.monotonic() + left_s)
         query = np.ones((1, 2), dtype=np.float32)
         try:
             return await asyncio.to_thread(remote.search, query, 2, None), remote.failed
@@ -335,3 +343,108 @@ def test_a_shard_whose_replica_dies_is_asked_again_once() -> None:
     assert (found.rows_BK.tolist(), failed) == ([[7, 5]], set())
     _, failed = shards(failing(ActorDiedError(), 2, answering(5, 1)), answering(7, 2))
     assert failed == {0}
+
+
+def test_a_shard_that_does_not_answer_costs_one_wait_until_it_answers_a_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PROBE_EVERY_S", 0.01)
+    back = asyncio.Event()
+    calls: list[str] = []
+
+    async def call(version: str, left_s: float, method: str, *arguments: Any) -> Results:
+        calls.append(method)
+        await back.wait()
+        return await answering(1)(version, left_s, method)
+
+    async def ping() -> None:
+        if not back.is_set():
+            raise DeploymentUnavailableError("Shard0")
+
+    async def run() -> None:
+        line = ShardLine(0, call, ping, timeout_s=0.2)
+        # A request that is in a hurry itself says nothing about the shard.
+        assert await line.ask("v", 0.05, "search") is None
+        assert not line.broken
+        began = time.monotonic()
+        assert await line.ask("v", 60, "search") is None
+        assert 0.15 < time.monotonic() - began < 5
+        assert line.broken
+        assert await line.ask("v", 60, "search") is None
+        assert len(calls) == 2, "nobody waits for it again"
+        back.set()
+        while line.broken:
+            await asyncio.sleep(0.01)
+        assert await line.ask("v", 60, "search") is not None
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_an_answer_from_the_rest_comes_before_the_requests_own_deadline() -> None:
+    began = time.monotonic()
+    found, failed = shards(answering(5, 1), never, left_s=1.0)
+    assert isinstance(found, Results)
+    assert failed == {1}
+    assert time.monotonic() - began < 1.0
+
+
+def test_a_replica_that_opens_a_version_for_long_goes_on_to_say_that_it_is_there() -> None:
+    """And what is wanted no more stays open for a while."""
+    opening, said = threading.Event(), []
+    first, second = Version("one", "c", "i"), Version("two", "c", "i")
+
+    def table(revision: int, *versions: Version) -> Any:
+        return SimpleNamespace(revision=revision, versions=list(versions), current=None)
+
+    def open_one(version: Version) -> str:
+        if version.id == "two":
+            assert opening.wait(30)
+        return version.id
+
+    asked = table(2, first, second)
+
+    async def say(has: frozenset[str], failed: dict[str, str], known: Any) -> Any:
+        said.append((sorted(has), failed))
+        await asyncio.sleep(0.01)
+        return asked
+
+    async def run() -> None:
+        nonlocal asked
+        versions = Versions(open_one)
+        await versions.keep(table(1, first))
+        following = asyncio.create_task(versions.follow(say, table(1, first)))
+        while len(said) < 5:
+            await asyncio.sleep(0.01)
+        assert said[-1] == (["one"], {}), "it says so while it is opening"
+        opening.set()
+        while said[-1] != (["one", "two"], {}):
+            await asyncio.sleep(0.01)
+        asked = table(3, second)
+        count = len(said)
+        while len(said) < count + 5:
+            await asyncio.sleep(0.01)
+        assert said[-1] == (["one", "two"], {}), "requests that began with it may be under way"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(deployments, "CLOSE_AFTER_S", 0.0)
+            while said[-1] != (["two"], {}):
+                await asyncio.sleep(0.01)
+        following.cancel()
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_answers_are_kept_within_their_bytes() -> None:
+    search = Search(1, "page", False)
+
+    def known(letters: int) -> Known:
+        return Known([Hit(1, "0", 1.0, "0", "t" * letters, None)], False, True)
+
+    answers = Answers(5000)
+    for number in range(20):
+        answers.keep(("v", "nq", search, str(number)), known(1000))
+    kept = [number for number in range(20) if answers.get(("v", "nq", search, str(number)))]
+    assert kept == [18, 19], "a kilobyte of title and some of objects each"
+    answers.keep(("v", "nq", search, "long"), known(6000))
+    assert answers.get(("v", "nq", search, "long")) is None
+    assert answers.get(("v", "nq", search, "19")) == known(1000)
+    nothing = Answers(0)
+    nothing.keep(("v", "nq", search, "x"), known(1))
+    assert nothing.get(("v", "nq", search, "x")) is None

@@ -36,6 +36,7 @@ from taskspec.index.kinds import KINDS
 from taskspec.index.lexical import Lexical
 from taskspec.index.manifest import KIND, LEXICAL_FOLDER, PASSAGE_COLUMNS, PASSAGES_FILE, IndexManifest, ShardFile
 from taskspec.index.page_ids import PageIds
+from taskspec.index.plan import require_memory
 from taskspec.index.recall import MeasuredRecall, exact_answers, measure
 from taskspec.index.shard import Results, load_shard, make_shard, merge_top_k
 from taskspec.model.contract import Contract
@@ -141,6 +142,7 @@ def build_index(config: Config, checkpoint: str, prepared: str, out: str) -> Ind
     plan = plan_shards(out, passages, config.index.shards)
     standing = _standing_index(out, source, plan)
     if standing is not None:
+        artifacts.remove(_shards_folder(out))  # what a job that was killed after publishing left
         print(f"index: {out} stands already, of the same model, passages and shards", flush=True)
         return standing
     started = time.monotonic()
@@ -148,6 +150,8 @@ def build_index(config: Config, checkpoint: str, prepared: str, out: str) -> Ind
     if len(missing) < len(plan):
         print(f"index: {len(plan) - len(missing)} of {len(plan)} shards stand already", flush=True)
     if missing:
+        rows = max(shard.rows for shard in missing)
+        require_memory(config.index.kind, rows, contract.dimension, cluster.own_memory())
         _build_shards(source, missing)
     manifest = _publish(out, source, plan)
     artifacts.remove(_shards_folder(out))
@@ -185,10 +189,11 @@ def _standing_index(out: str, source: Source, plan: Sequence[PlannedShard]) -> I
 
 def _build_shards(source: Source, missing: Sequence[PlannedShard]) -> None:
     """Embeds the rows of the missing shards in one pass and publishes each shard as soon as it is full."""
-    actors = source.config.index.actors
+    actors, gpu = source.config.index.actors, source.config.index.gpu
     cluster.require(
         f"index with {actors} embedding actors and one reading task",
         cpus=actors + 1,
+        gpus=actors if gpu else 0,
         wait_s=source.config.cluster.wait_s,
     )
     blocks = _embedded(source, missing)
@@ -244,7 +249,8 @@ def _embedded(source: Source, missing: Sequence[PlannedShard]) -> Iterator[np.nd
             EmbedPassages,
             batch_size=index.batch_size,
             compute=ray.data.ActorPoolStrategy(size=index.actors),
-            fn_constructor_args=(source.checkpoint.uri, threads, index.precision),
+            num_gpus=1 if index.gpu else None,
+            fn_constructor_args=(source.checkpoint.uri, threads, index.precision, "cuda" if index.gpu else "cpu"),
         )
     )
     done, last_done, last_line = 0, 0, time.monotonic()

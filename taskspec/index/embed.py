@@ -21,10 +21,10 @@ class EmbedPassages:
         embed({"row": np.array([0]), "title": np.array(["Ceres"]), "text": np.array(["A dwarf planet …"])})
     """
 
-    def __init__(self, checkpoint: str, threads: int, precision: Precision) -> None:
+    def __init__(self, checkpoint: str, threads: int, precision: Precision, device: str = "cpu") -> None:
         """Args: threads: of this process; all processes of a node together should not exceed its cores."""
         torch.set_num_threads(threads)
-        self._encoder = open_encoder(checkpoint)
+        self._encoder = open_encoder(checkpoint, device)
         self._encoder.encoder.precision = precision
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ Built in memory, which is right for up to a few million passages; opened from di
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -62,10 +63,11 @@ class Lexical:
         return cls(tokenizer, index)
 
     def words(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text's words that some passage has."""
-        found: list[list[int]] = self._tokenizer.tokenize(
-            list(texts), update_vocab=False, show_progress=False, allow_empty=False
-        )
+        """The ids of each text's words that some passage has. Safe from threads."""
+        known, once = self._tokenizer, _tokenizer()
+        # bm25s keeps every new word that it meets: here only until the words are found.
+        once.stem_to_sid, once.word_to_id = known.stem_to_sid, ChainMap({}, known.word_to_id)
+        found: list[list[int]] = once.tokenize(list(texts), update_vocab=False, show_progress=False, allow_empty=False)
         return found
 
     def best_passages(self, words: Sequence[int], top_k: int) -> tuple[np.ndarray, np.ndarray]:

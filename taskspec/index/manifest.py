@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Self
 
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from taskspec import artifacts
 from taskspec.errors import ArtifactError
@@ -58,6 +58,17 @@ class IndexManifest(Section):
     recall_queries: int
     """Dev queries per task that recall was to be measured with; a task may have fewer."""
 
+    @model_validator(mode="after")
+    def _shards_hold_every_row_once(self) -> Self:
+        row = 0
+        for number, shard in enumerate(self.shards):
+            if shard.row_start != row:
+                raise ValueError(f"shard {number} begins at row {shard.row_start}, but those before it end at {row}")
+            row += shard.rows
+        if row != self.passages:
+            raise ValueError(f"its shards hold {row} rows, but it has {self.passages} passages")
+        return self
+
     @classmethod
     def of(cls, uri: str, manifest: artifacts.Manifest) -> Self:
         """Raises: ArtifactError naming the fact that is not as it should be."""
@@ -65,8 +76,9 @@ class IndexManifest(Section):
             return cls.model_validate(manifest.facts)
         except ValidationError as error:
             first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"])
-            raise ArtifactError(f"{uri}: fact {name} of the index: {first['msg']}; build the index again") from error
+            name = ".".join(str(part) for part in first["loc"]) or "shards"
+            message = first["msg"].removeprefix("Value error, ")
+            raise ArtifactError(f"{uri}: fact {name} of the index: {message}; build the index again") from error
 
     def require_built_by(self, contract: Contract, checkpoint: str, index: str) -> None:
         """Raises: ContractError naming the first field in which the checkpoint's contract differs from the index's."""

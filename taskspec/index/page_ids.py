@@ -50,6 +50,7 @@ class PageIds:
 
     def find(self, wikipedia_ids: Iterable[str]) -> np.ndarray:
         """The numbers of the pages that are known, ascending, each once."""
-        wanted = np.array(sorted({text.encode() for text in wikipedia_ids}) or [b""])
+        # numpy's bytes end with their last byte that is not NUL: an id that does would be taken for another.
+        wanted = np.array(sorted({text.encode() for text in wikipedia_ids if not text.endswith("\0")}) or [b""])
         places = np.searchsorted(self.ids, wanted).clip(max=len(self.ids) - 1)
         return np.unique(self.page_rows[places[self.ids[places] == wanted]])

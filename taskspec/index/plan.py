@@ -138,10 +138,10 @@ def _sized(kind: KindName, passages: int, dimension: int, budget: Budget, speed:
     described = KINDS[kind]
     shard_bytes = described.bytes_a_shard(rows, dimension)
     node_bytes = shard_bytes * shards / budget.nodes
-    build_bytes = 4.0 * rows * dimension + shard_bytes
+    build_bytes = _build_bytes(kind, rows, dimension)
     rounds = -(-shards // (budget.nodes * budget.node_cores))
     search_s = rounds * speed.search_s * _work(kind, rows) / _work(kind, speed.rows)
-    build_s = speed.build_s * passages / speed.rows * (_levels(rows) / _levels(speed.rows) if kind == "hnsw" else 1)
+    build_s = speed.build_s * passages / speed.rows * _build_work(kind, rows) / _build_work(kind, speed.rows)
     refused = None
     if described.codes < budget.recall:
         refused = f"finds about {described.codes:g} of the exact best at most"
@@ -163,6 +163,28 @@ def _sized(kind: KindName, passages: int, dimension: int, budget: Budget, speed:
         build_s=build_s,
         refused=refused,
     )
+
+
+def _build_bytes(kind: KindName, rows: int, dimension: int) -> float:
+    """A shard's embeddings and itself."""
+    return 4.0 * rows * dimension + KINDS[kind].bytes_a_shard(rows, dimension)
+
+
+def require_memory(kind: KindName, rows: int, dimension: int, node_bytes: int) -> None:
+    """Raises: PlacementError if a shard cannot be built in that memory."""
+    needed = _build_bytes(kind, rows, dimension)
+    if needed > FREE_FOR_BUILD * node_bytes:
+        raise PlacementError(
+            f"a shard of {rows:,} passages takes {_size(needed)} while it is built, there are "
+            f"{_size(FREE_FOR_BUILD * node_bytes)}; set index.shards to more"
+        )
+
+
+def _build_work(kind: KindName, rows: int) -> float:
+    """How the time to add one row grows with the rows of a shard: layers of a graph, centers of lists."""
+    if kind == "hnsw":
+        return _levels(rows)
+    return rows**0.5 if kind == "ivf" else 1.0
 
 
 def _free(budget: Budget) -> float:

@@ -16,7 +16,7 @@ from taskspec.data.prepared import PreparedData
 from taskspec.index.kinds import KINDS
 from taskspec.index.plan import TYPICAL_EFFORT, Speed
 from taskspec.index.shard import make_shard
-from taskspec.sections import KindName
+from taskspec.sections import KindName, Precision
 from taskspec.train.checkpoint import open_encoder
 
 PROBE_ROWS = 10_000
@@ -49,11 +49,12 @@ def _speed(kind: KindName, vectors_ND: np.ndarray) -> Speed:
     return Speed(rows=len(vectors_ND), search_s=min(searches), build_s=build_s)
 
 
-def embedding_seconds(checkpoint: str, prepared: PreparedData) -> float:
-    """Time to embed one passage in this process, from a sample of the passages."""
+def embedding_seconds(checkpoint: str, prepared: PreparedData, precision: Precision) -> float:
+    """Time to embed one passage in this process, on all its cores, from a sample of the passages."""
     rows = np.linspace(0, len(prepared.passages) - 1, min(EMBEDDED, len(prepared.passages))).astype(np.int64)
     texts = prepared.passages.take(rows, ["title", "text"])
     encoder = open_encoder(checkpoint)
+    encoder.encoder.precision = precision
     encoder.embed_passages(texts["title"][:8], texts["text"][:8])
     return _seconds(partial(encoder.embed_passages, texts["title"], texts["text"])) / len(rows)
 

@@ -45,7 +45,8 @@ class MeasuredRecall(Section):
     tasks: dict[str, Recall]
 
     def effort(self, task: str) -> int | None:
-        """How hard a search of this task tries: as measured, or as hard as any must where it has no dev queries."""
+        """How hard a search of this task tries: as measured, or as hard as any must where it has no dev queries; None
+        is as hard as it can."""
         if task in self.tasks:
             return self.tasks[task].effort
         return max((one.effort for one in self.tasks.values() if one.effort is not None), default=None)

@@ -81,7 +81,7 @@ class Shard(ABC):
     def search(self, queries_BD: np.ndarray, top_k: int, effort: int | None = None) -> Results:
         """The best rows of each query.
 
-        Args: effort: how hard to try, of the kind's `efforts`; None is the kind's least.
+        Args: effort: how hard to try, of the kind's `efforts`; None is as hard as it can, where nothing was measured.
         Returns: K = min(top_k, rows) columns; where fewer rows were reached, row −1 with score −inf fills up.
         """
         queries_BD = np.ascontiguousarray(queries_BD, dtype=np.float32)
@@ -204,7 +204,7 @@ class ApproximateShard(Shard):
         kind = KINDS[self.kind]
         if not kind.efforts:
             return None
-        effort = effort or kind.efforts[0]
+        effort = effort or kind.efforts[-1]
         parameters: Any = faiss  # its stubs know neither the classes nor their arguments
         if self.kind == "ivf":
             return parameters.SearchParametersIVF(nprobe=min(effort, self.index.nlist), sel=selected)

@@ -13,8 +13,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from taskspec.data.rows import RowStore
+from taskspec.errors import ArtifactError
 from taskspec.index.lexical import Lexical
-from taskspec.index.manifest import LEXICAL_FOLDER, PASSAGES_FILE, IndexManifest
+from taskspec.index.manifest import LEXICAL_FOLDER, PASSAGES_FILE, IndexManifest, ShardFile
 from taskspec.index.page_ids import PageIds
 from taskspec.index.recall import MeasuredRecall
 from taskspec.index.shard import Results, Shard, load_shard, merge_top_k
@@ -43,9 +44,21 @@ class LocalShards:
         self._shards = shards
 
     @classmethod
-    def open(cls, folder: Path, manifest: IndexManifest) -> LocalShards:
-        """Raises: ArtifactError for a file that is no shard."""
-        return cls([load_shard(folder / s.file, manifest.kind, s.row_start, s.max_norm) for s in manifest.shards])
+    def open(cls, folder: Path, manifest: IndexManifest, some: Sequence[ShardFile] | None = None) -> LocalShards:
+        """Args: some: of the manifest's shards; None is all.
+
+        Raises: ArtifactError for a file that is not the shard it should be.
+        """
+        opened = []
+        for file in manifest.shards if some is None else some:
+            shard = load_shard(folder / file.file, manifest.kind, file.row_start, file.max_norm)
+            if shard.rows != file.rows:
+                raise ArtifactError(
+                    f"{folder / file.file}: holds {shard.rows} embeddings, the manifest says {file.rows}; "
+                    f"build the index again"
+                )
+            opened.append(shard)
+        return cls(opened)
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -103,7 +116,13 @@ class Catalog:
     def open(cls, folder: Path, manifest: IndexManifest, version: str) -> Catalog:
         """Raises: ArtifactError for a file that is not what it should be."""
         lexical = Lexical.open(folder / LEXICAL_FOLDER) if manifest.lexical else None
-        return cls(RowStore(folder / PASSAGES_FILE), version, manifest.recall, PageIds.open(folder), lexical)
+        passages = RowStore(folder / PASSAGES_FILE)
+        if len(passages) != manifest.passages:
+            raise ArtifactError(
+                f"{folder / PASSAGES_FILE}: holds {len(passages)} passages, the manifest says {manifest.passages}; "
+                f"build the index again"
+            )
+        return cls(passages, version, manifest.recall, PageIds.open(folder), lexical)
 
     @property
     def fuses(self) -> bool:

@@ -28,7 +28,8 @@ from taskspec.errors import EndpointError
 from taskspec.retrieve.hits import Hit, Level
 
 SENT_AGAIN = (429, 502, 503)
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 5.0
+FIRST_WAIT_S, LONGEST_WAIT_S, DOUBLED = 0.1, 5.0, 10
+"""Between attempts; how often the first one doubles at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,8 @@ class Answer:
     """Whether the query was longer than its task allows and was cut."""
     complete: bool
     """Whether the hits are all that were asked for, or all that there are."""
+    covered: bool
+    """Whether the whole index was searched; false only with `allow_partial`."""
     hits: tuple[Hit, ...]
     index_version: str
 
@@ -74,16 +77,18 @@ class Client:
         with_text: bool = False,
         only_pages: Sequence[str] | None = None,
         without_pages: Sequence[str] = (),
+        fused: bool = False,
         allow_partial: bool = False,
     ) -> list[Answer]:
         """The hits of a query, or of each of several.
 
-        Args: only_pages, without_pages: wikipedia ids of pages that may, or may not, be found. allow_partial: answer
-            from the rest of the index while a part of it is down.    Raises: EndpointError.
+        Args: only_pages, without_pages: wikipedia ids of pages that may, or may not, be found. fused: fuse the ranking
+            with BM25's. allow_partial: answer from the rest of the index while a part of it is down.
+        Raises: EndpointError.
         """
         deadline = time.monotonic() + self._timeout_s
         answers = []
-        search = _search(top_k, level, with_text, only_pages, without_pages, allow_partial)
+        search = _search(top_k, level, with_text, only_pages, without_pages, fused, allow_partial)
         for body in _bodies(query, self._batch_size, task=task, **search):
             answers += _answers(self._call("POST", "/retrieve", deadline, json=body))
         return answers
@@ -106,7 +111,7 @@ class Client:
                         if not attempts.left():  # httpx limits the time between two chunks only
                             raise attempts.late("its answer came too slowly")
                 if attempts.done(response.status_code, response.headers, bytes(body)):
-                    return json.loads(body)
+                    return attempts.parsed(bytes(body))
             except httpx.TransportError as error:
                 attempts.failed(error)
             finally:
@@ -153,15 +158,17 @@ class AsyncClient:
         with_text: bool = False,
         only_pages: Sequence[str] | None = None,
         without_pages: Sequence[str] = (),
+        fused: bool = False,
         allow_partial: bool = False,
     ) -> list[Answer]:
         """The hits of a query, or of each of several.
 
-        Args: only_pages, without_pages: wikipedia ids of pages that may, or may not, be found. allow_partial: answer
-            from the rest of the index while a part of it is down.    Raises: EndpointError.
+        Args: only_pages, without_pages: wikipedia ids of pages that may, or may not, be found. fused: fuse the ranking
+            with BM25's. allow_partial: answer from the rest of the index while a part of it is down.
+        Raises: EndpointError.
         """
         deadline = time.monotonic() + self._timeout_s
-        search = _search(top_k, level, with_text, only_pages, without_pages, allow_partial)
+        search = _search(top_k, level, with_text, only_pages, without_pages, fused, allow_partial)
         bodies = _bodies(query, self._batch_size, task=task, **search)
         async with asyncio.TaskGroup() as group:
             calls = [group.create_task(self._quietly("POST", "/retrieve", deadline, json=body)) for body in bodies]
@@ -196,7 +203,7 @@ class AsyncClient:
                 async with asyncio.timeout(attempts.left()):  # httpx limits the time between two chunks only
                     response = await self._http.request(method, path, timeout=None, **content)
                 if attempts.done(response.status_code, response.headers, response.content):
-                    return response.json()
+                    return attempts.parsed(response.content)
             except httpx.TransportError as error:
                 attempts.failed(error)
             except TimeoutError as error:
@@ -247,6 +254,14 @@ class _Attempts:
         self._asked_s = _retry_after(headers.get("retry-after", ""))
         return False
 
+    def parsed(self, body: bytes) -> Any:
+        """The answer.    Raises: EndpointError if it is no JSON: something else than the endpoint has answered."""
+        try:
+            return json.loads(body)
+        except ValueError as error:
+            text = " ".join(body.decode(errors="replace").split())[:200]
+            raise EndpointError(f"{self._what}: 200, but the body is no JSON: {text}", status=200) from error
+
     def failed(self, error: httpx.TransportError) -> None:
         self._sent += 1
         self._asked_s = None
@@ -254,10 +269,15 @@ class _Attempts:
         self._last = EndpointError(f"{self._what}: {reason}; is the endpoint there, and its address right?")
 
     def wait(self) -> float:
-        """Seconds until the next attempt. Raises: EndpointError if the deadline comes before it."""
-        longest_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (self._sent - 1))
-        wait_s = random.uniform(0, longest_s) if self._asked_s is None else self._asked_s
-        if wait_s >= self.left():
+        """Seconds until the next attempt: a random time that doubles, after the time that the server asked for, so that
+        clients that were refused together do not come back together.
+
+        Raises: EndpointError if the deadline comes before it.
+        """
+        asked_s, left_s = self._asked_s or 0.0, self.left()
+        longest_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(self._sent - 1, DOUBLED))
+        wait_s = asked_s + random.uniform(0, min(longest_s, max(0.0, left_s - asked_s)))
+        if wait_s >= left_s:
             raise self.late(f"the next attempt would be in {wait_s:.1f} s")
         return wait_s
 
@@ -288,6 +308,7 @@ def _search(
     with_text: bool,
     only_pages: Sequence[str] | None,
     without_pages: Sequence[str],
+    fused: bool,
     allow_partial: bool,
 ) -> dict[str, Any]:
     """The fields of a request that are not the endpoint's defaults anyway."""
@@ -296,6 +317,8 @@ def _search(
         fields["only_pages"] = list(only_pages)
     if without_pages:
         fields["without_pages"] = list(without_pages)
+    if fused:
+        fields["fused"] = True
     if allow_partial:
         fields["allow_partial"] = True
     return fields
@@ -304,7 +327,14 @@ def _search(
 def _answers(body: Mapping[str, Any]) -> list[Answer]:
     version = body["index"]["version"]
     return [
-        Answer(one["query"], one["truncated"], one["complete"], tuple(Hit(**hit) for hit in one["hits"]), version)
+        Answer(
+            query=one["query"],
+            truncated=one["truncated"],
+            complete=one["complete"],
+            covered=body["coverage"]["full"],
+            hits=tuple(Hit(**hit) for hit in one["hits"]),
+            index_version=version,
+        )
         for one in body["data"]
     ]
 

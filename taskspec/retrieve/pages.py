@@ -22,7 +22,7 @@ class Ranking(NamedTuple):
 
 
 SearchPassages = Callable[[np.ndarray, int], list[Ranking]]
-"""(queries (B, D), top_k) → the best passages of each query: top_k of them, or all there are."""
+"""(queries (B, D), top_k) → the best passages of each query: top_k of them, or all that can be found."""
 
 
 def best_per_page(ranking: Ranking, page_of_row_N: np.ndarray) -> Ranking:
@@ -39,20 +39,20 @@ Keep = Callable[[Ranking], Ranking]
 def search_until_full(
     search: SearchPassages, keep: Keep, queries_BD: np.ndarray, top_k: int, rows: int
 ) -> list[Ranking]:
-    """The first `top_k` that are kept, for each query; fewer only where all rows hold fewer.
+    """The first `top_k` that are kept, for each query; fewer only where no more can be found.
 
-    Searches wider, for the queries that need it, until enough have come or all rows have.
+    Searches wider, for the queries that need it, until enough have come or the last search found all that it can: all
+    rows, or all that an approximate index reaches.
     """
     found: dict[int, Ranking] = {}
     waiting = np.arange(len(queries_BD))
     passages = top_k
     while len(waiting):
-        passages *= PASSAGES_PER_PAGE
-        rankings = [keep(ranking) for ranking in search(queries_BD[waiting], passages)]
-        full = passages >= rows
-        for number, ranking in zip(waiting.tolist(), rankings, strict=True):
-            if full or len(ranking.rows_K) >= top_k:
-                found[number] = Ranking(ranking.scores_K[:top_k], ranking.rows_K[:top_k])
+        passages = min(passages * PASSAGES_PER_PAGE, max(rows, top_k))
+        for number, ranking in zip(waiting.tolist(), search(queries_BD[waiting], passages), strict=True):
+            kept = keep(ranking)
+            if len(kept.rows_K) >= top_k or len(ranking.rows_K) < passages or passages >= rows:
+                found[number] = Ranking(kept.scores_K[:top_k], kept.rows_K[:top_k])
         waiting = np.array([number for number in waiting.tolist() if number not in found], dtype=np.int64)
     return [found[number] for number in range(len(queries_BD))]
 

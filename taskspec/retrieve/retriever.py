@@ -78,13 +78,14 @@ class Retriever:
 
     @classmethod
     def open(cls, checkpoint: str, index: str) -> Retriever:
-        """Opens both after comparing their contracts; the index stays on disk and is read as searches touch it.
+        """Opens both after comparing their contracts and every file's sha256; the index stays on disk and is read as
+        searches touch it.
 
         Raises: ContractError naming the first field that differs, ArtifactError, StoreError.
         """
         from taskspec.train.checkpoint import open_encoder, read_contract
 
-        artifact = artifacts.open_artifact(index, KIND)
+        artifact = artifacts.open_artifact(index, KIND, verify=True)
         manifest = IndexManifest.of(index, artifact.manifest)
         manifest.require_built_by(read_contract(checkpoint), checkpoint, index)
         catalog = Catalog.open(artifact.folder, manifest, index_version(artifact.id))

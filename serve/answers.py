@@ -1,0 +1,55 @@
+"""Answers that an HTTP replica keeps, by what was asked: within a number of bytes, the longest unused go first.
+
+Path: app → [here].  One event loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cachetools import LRUCache
+
+from serve.asks import Search
+from taskspec.retrieve.hits import Hit
+
+HIT_BYTES, ID_BYTES = 400, 80
+"""Of Python's objects, about, beside their letters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """An answer to one query."""
+
+    hits: Sequence[Hit]
+    truncated: bool
+    complete: bool
+
+
+Key = tuple[str, str, Search, str]
+"""(id of the version, task, what was asked, query)"""
+
+
+class Answers:
+    """A cache of answers."""
+
+    def __init__(self, most_bytes: int) -> None:
+        """Args: most_bytes: about; 0 keeps nothing."""
+        self._held: LRUCache[Key, tuple[int, Known]] = LRUCache(most_bytes, getsizeof=lambda held: held[0])
+
+    def get(self, key: Key) -> Known | None:
+        held: tuple[int, Known] | None = self._held.get(key)
+        return held[1] if held else None
+
+    def keep(self, key: Key, known: Known) -> None:
+        """Unless it is larger than all that may be kept."""
+        size = _size(key, known)
+        if size <= self._held.maxsize:
+            self._held[key] = size, known
+
+
+def _size(key: Key, known: Known) -> int:
+    _, _, search, text = key
+    letters = len(text) + sum(len(hit.title) + len(hit.text or "") for hit in known.hits)
+    pages = len(search.only_pages or ()) + len(search.without_pages)
+    return HIT_BYTES * (1 + len(known.hits)) + ID_BYTES * pages + letters
