@@ -33,8 +33,9 @@ import yaml
 
 from jobs.quickstart import serving
 from taskspec import artifacts, cluster, store
-from taskspec.config import Config, load_config
+from taskspec.config import Config, load_config, with_values
 from taskspec.data.prepared import PreparedData
+from taskspec.errors import TaskspecError
 from taskspec.index import build
 from taskspec.index.manifest import KIND, IndexManifest
 from taskspec.index.shard import Shard, load_shard, merge_top_k
@@ -112,17 +113,26 @@ def job_seconds(source: build.Source, passages: int) -> float:
     return (time.perf_counter() - started) * (first + rest) / rest
 
 
-def search(config: Config, pairs: int, batch: int) -> None:
-    """Seconds for the best 10 of a batch, exact, by as many threads as FAISS takes."""
+def own_shards(config: Config) -> list[Shard]:
     at = places(config)
     artifact = artifacts.open_artifact(at["index"], KIND)
     manifest = IndexManifest.of(at["index"], artifact.manifest)
-    shards: list[Shard] = [
-        load_shard(artifact.folder / s.file, manifest.kind, s.row_start, s.max_norm) for s in manifest.shards
-    ]
-    one = faiss.IndexFlatIP(manifest.dimension)
+    return [load_shard(artifact.folder / s.file, manifest.kind, s.row_start, s.max_norm) for s in manifest.shards]
+
+
+def one_index(config: Config) -> faiss.IndexFlatIP:
+    """All passages in one exact index of FAISS's."""
+    shards = own_shards(config)
+    one = faiss.IndexFlatIP(shards[0].index.d)
     for shard in shards:
         one.add(shard.index.reconstruct_n(0, shard.rows))
+    return one
+
+
+def search(config: Config, pairs: int, batch: int) -> None:
+    """Seconds for the best 10 of a batch, exact, by as many threads as FAISS takes."""
+    at = places(config)
+    shards, one = own_shards(config), one_index(config)
     retriever = Retriever.open(at["checkpoint"], at["index"])
     queries_BD, _ = retriever.embed("nq", [text for _, text in questions(config)][:batch])
     ours, plain = [], []
@@ -225,8 +235,11 @@ def _cpu() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def floor(retriever: Retriever, asked: Sequence[tuple[str, str]], batch: int, seconds: float) -> float:
-    """Queries a second of encoder and search in this process, a batch of one task at a time."""
+def floor(config: Config, asked: Sequence[tuple[str, str]], batch: int, seconds: float) -> float:
+    """Queries a second of the encoder's forward pass and one FAISS search in this process, a batch of one task at a
+    time; no texts or exact scores are made of what is found."""
+    at = places(config)
+    retriever, one = Retriever.open(at["checkpoint"], at["index"]), one_index(config)
     by_task: dict[str, list[str]] = {}
     for task, text in asked:
         by_task.setdefault(task, []).append(text)
@@ -237,7 +250,7 @@ def floor(retriever: Retriever, asked: Sequence[tuple[str, str]], batch: int, se
     ]
     done, began = 0, time.monotonic()
     for task, texts in batches * 1000:
-        retriever.search(texts, task, TOP_K, LEVEL)
+        one.search(retriever.embed(task, texts)[0], TOP_K)
         done += len(texts)
         if time.monotonic() - began > seconds:
             break
@@ -247,7 +260,6 @@ def floor(retriever: Retriever, asked: Sequence[tuple[str, str]], batch: int, se
 async def endpoint(config: Config, seconds: float, knee_only: bool) -> None:
     at = places(config)
     asked = questions(config)
-    retriever = Retriever.open(at["checkpoint"], at["index"])
     settings = Path(config.artifacts) / "benchmark-serve.yaml"
     args = {"checkpoint": at["checkpoint"], "index": at["index"], "cache_bytes": 0}
     content = {
@@ -257,8 +269,11 @@ async def endpoint(config: Config, seconds: float, knee_only: bool) -> None:
     settings.write_text(yaml.safe_dump(content), encoding="utf-8")
     numbers = count()
 
-    def several(session: aiohttp.ClientSession, url: str, size: int) -> Send:
-        """Requests of `size` queries of one task."""
+    batches: list[int] = []
+    """Queries that were embedded together with each request's last one."""
+
+    def several(session: aiohttp.ClientSession, url: str, size: int, own: bool = True) -> Send:
+        """Requests of `size` queries of one task.    Args: own: whether the endpoint here answers."""
         by_task: dict[str, list[str]] = {}
         for task, text in asked:
             by_task.setdefault(task, []).append(text)
@@ -269,30 +284,37 @@ async def endpoint(config: Config, seconds: float, knee_only: bool) -> None:
             task = tasks[number % len(tasks)]
             texts = [by_task[task][(number * size + n) % len(by_task[task])] for n in range(size)]
             body: dict[str, Any] = {"query": texts if size > 1 else texts[0], "task": task, "top_k": TOP_K}
-            if "8123" not in url:
+            if own:
                 body["level"] = LEVEL
             try:
                 async with session.post(f"{url}/retrieve", json=body) as response:
-                    await response.read()
-                    return size if response.status == 200 else 0
-            except aiohttp.ClientError:
+                    answer = await response.json()
+            except (aiohttp.ClientError, TimeoutError):
                 return 0
+            if response.status != 200:
+                return 0
+            if own:
+                batches.append(answer["time"]["batch_queries"])
+            return size
 
         return send
 
     # Ray runs its workers at nice 15, which would starve them beside the client on the same machine.
     os.environ |= {"RAY_worker_niceness": "0"}
-    physical = {batch: floor(retriever, asked, batch, seconds) for batch in (1, 16, 64)}
+    physical = {batch: floor(config, asked, batch, seconds) for batch in (1, QUERIES_A_REQUEST, 64)}
     print("one process, encoder and search:", {batch: f"{rate:.1f} queries/s" for batch, rate in physical.items()})
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(120)) as session:
         with serving(settings) as url:
             send = several(session, url, QUERIES_A_REQUEST)
             await closed_loop(send, 2, 5)  # warm
+            batches.clear()
             best = 0.0
             for clients in (1, 2, 4, 8):
                 load = await closed_loop(send, clients, seconds)
-                print(load.line(f"{QUERIES_A_REQUEST} a request, {clients} clients"), flush=True)
+                name = f"{QUERIES_A_REQUEST} a request, {clients} clients"
+                print(f"{load.line(name)}, {statistics.fmean(batches):.0f} queries a batch", flush=True)
+                batches.clear()
                 best = max(best, load.rate)
             for share in () if knee_only else (0.5, 0.7, 0.85, 1.0, 1.15):
                 rate = share * best / QUERIES_A_REQUEST
@@ -300,10 +322,10 @@ async def endpoint(config: Config, seconds: float, knee_only: bool) -> None:
                 print(load.line(f"open loop, {share:.0%} of that"), flush=True)
             ours = await closed_loop(several(session, url, 1), 32, seconds)
             print(ours.line("single queries, 32 clients"), flush=True)
-        print(f"served at the knee over one process: {best / physical[16]:.2f}")
+        print(f"served at the knee over one process at {QUERIES_A_REQUEST}: {best / physical[QUERIES_A_REQUEST]:.2f}")
         with afternoon(config) as url:
-            await closed_loop(several(session, url, 1), 4, 5)
-            plain = await closed_loop(several(session, url, 1), 32, seconds)
+            await closed_loop(several(session, url, 1, own=False), 4, 5)
+            plain = await closed_loop(several(session, url, 1, own=False), 32, seconds)
             print(plain.line("the afternoon's, 32 clients"), flush=True)
     print(
         f"single queries over the afternoon's: {ours.rate / plain.rate:.2f}, p99 {ours.p99 / plain.p99:.2f} times its"
@@ -346,13 +368,21 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20, help="of each load")
     parser.add_argument("--knee", action="store_true", help="no open loop")
     arguments = parser.parse_args()
+    try:
+        run(arguments)
+    except TaskspecError as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
+
+
+def run(arguments: argparse.Namespace) -> None:
     tree = load_config(arguments.config, arguments.overrides).model_dump(mode="json")
     tree["artifacts"] = store.absolute(tree["artifacts"])
     config = Config.model_validate(tree)
     if arguments.what == "prepare":
         prepare(config, arguments.config, arguments.overrides)
     elif arguments.what == "embed":
-        embed(config, arguments.pairs, arguments.passages)
+        for precision in ("fp32", "bf16"):
+            embed(with_values(config, {"index.precision": precision}), arguments.pairs, arguments.passages)
     elif arguments.what == "search":
         search(config, arguments.pairs, arguments.batch)
     else:

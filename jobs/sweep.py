@@ -210,7 +210,7 @@ def _trial(point: dict[str, Any], trials: Sequence[Planned], inputs: Inputs, fol
 
     trial = trials[point["number"]]
     cluster.connect(trial.candidate.config.cluster)
-    measured = measure(trial.candidate, trial.seed, inputs)
+    measured = measure(trial.candidate, trial.seed, inputs, parts=store.join(folder, f"{trial.key}-parts"))
     store.write_bytes(_file(folder, trial.key), json.dumps(measured.to_json()).encode())
     averages = [sum(scores) / len(scores) for scores in measured.scores.values()]
     tune.report({"average": sum(averages) / len(averages)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import cache
@@ -45,21 +46,34 @@ def trial_key(candidate: Candidate, seed: int | None, inputs: Inputs) -> str:
     return canonical_sha256([runs, measured, encoder_id(config), inputs.ids()])[:16]
 
 
-def measure(candidate: Candidate, seed: int | None, inputs: Inputs) -> Trial:
-    """Trains and measures one candidate with one seed. Ray must be connected."""
+def measure(candidate: Candidate, seed: int | None, inputs: Inputs, parts: str) -> Trial:
+    """Trains and measures one candidate with one seed. Ray must be connected.
+
+    Args: parts: URI of a folder of its own, which holds what is measured of several retrievers until all of them are.
+    """
     from taskspec.data.prepared import PreparedData
 
     prepared = PreparedData.open(inputs.prepared)
     if seed is None:
         return _lexical_trial(candidate, prepared)
-    return combined([_dense_trial(candidate, seed, one, inputs, prepared) for one in candidate.runs(seed).values()])
+    runs = candidate.runs(seed)
+    if len(runs) == 1:
+        (config,) = runs.values()
+        return _dense_trial(candidate, seed, config, inputs, prepared)
+    trials = []
+    for task, config in runs.items():
+        part = store.join(parts, f"{task}.json")
+        if not store.exists(part):
+            measured = _dense_trial(candidate, seed, config, inputs, prepared)
+            store.write_bytes(part, json.dumps(measured.to_json()).encode())
+        trials.append(Trial.from_json(json.loads(store.read_bytes(part))))
+    artifacts.remove(parts)
+    return combined(trials)
 
 
 def combined(trials: Sequence[Trial]) -> Trial:
     """The trial of several retrievers of one task each: all scores, and the sum of the costs."""
     first = trials[0]
-    if len(trials) == 1:
-        return first
     costs = [trial.cost for trial in trials if trial.cost]
     return replace(
         first,

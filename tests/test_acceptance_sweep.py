@@ -65,7 +65,7 @@ def test_a_sweep_compares_its_arms_and_makes_again_only_what_is_missing(tiny_con
     assert not [path for path in (artifacts / "sweep" / "indexes").rglob("*") if path.is_file()], (
         "removed when measured"
     )
-    trials = {path: json.loads(path.read_text()) for path in (artifacts / "sweep" / "trials").iterdir()}
+    trials = {path: json.loads(path.read_text()) for path in (artifacts / "sweep" / "trials").glob("*.json")}
     assert len(trials) == 11
     of = {(trial["row"], trial["candidate"], trial["seed"]): path for path, trial in trials.items()}
     assert trials[of["single", "", 0]]["cost"]["retrievers"] == len(trials[of["single", "", 0]]["scores"]) == 3

@@ -7,12 +7,14 @@ import time
 import pytest
 import yaml
 
-from jobs import cli, train
+from jobs import cli, train, trial
+from jobs.pipeline import Inputs
 from jobs.sweep import Planned, waves
 from jobs.trial import combined
 from taskspec import cluster
 from taskspec.arms import expand, read_arms
 from taskspec.config import load_config
+from taskspec.data.prepared import PreparedData
 from taskspec.errors import PlacementError
 from taskspec.evaluate.trials import Cost, Trial
 
@@ -83,7 +85,7 @@ def test_what_the_cluster_cannot_hold_is_refused_with_both_numbers(ray_cluster):
 
 
 def test_a_trial_of_one_retriever_per_task_has_all_scores_and_the_sum_of_the_costs():
-    def trial(task: str, queries: int) -> Trial:
+    def of(task: str, queries: int) -> Trial:
         cost = Cost(
             retrievers=1,
             training_queries=queries,
@@ -104,9 +106,7 @@ def test_a_trial_of_one_retriever_per_task_has_all_scores_and_the_sum_of_the_cos
             checkpoint=task,
         )
 
-    one = trial("nq", 100)
-    assert combined([one]) is one
-    both = combined([one, trial("fever", 50)])
+    both = combined([of("nq", 100), of("fever", 50)])
     assert both.scores == {"nq": (1.0,), "fever": (1.0,)}
     assert both.cost == Cost(
         retrievers=2, training_queries=150, training_seconds=1.0, parameters=20, index_bytes=40, passages_embedded=10
@@ -128,3 +128,34 @@ def test_trials_that_need_the_same_run_are_not_made_at_the_same_time(tmp_path):
     trials = [Planned(str(n), one, None if one.plan.lexical else 0) for n, one in enumerate(candidates)]
     assert waves(trials) == [[0, 1, 2, 4], [3]]
     assert waves([*trials, trials[1]]) == [[0, 1, 2, 4], [3], [5]]
+
+
+def test_what_was_measured_of_several_retrievers_outlives_the_job(tmp_path, monkeypatch):
+    """A trial of one retriever per task takes as many trainings and indexes."""
+    (tmp_path / "arms.yaml").write_text("{baseline: single, arms: {single: {per_task: share}}}")
+    (candidate,) = expand(read_arms(str(tmp_path / "arms.yaml")), load_config("quickstart"))
+    made, fails = [], {"trex"}
+
+    def one(candidate, seed, config, inputs, prepared):
+        (task,) = config.train.tasks
+        made.append(task)
+        if task in fails:
+            raise KeyboardInterrupt
+        scores = {task: (1.0,)}
+        cost = Cost(
+            retrievers=1, training_queries=1, training_seconds=1, parameters=1, index_bytes=1, passages_embedded=1
+        )
+        fields = {"arm": "single", "row": "single", "values": {}, "candidate": "", "seed": seed}
+        return Trial(**fields, scores=scores, cost=cost)
+
+    monkeypatch.setattr(trial, "_dense_trial", one)
+    monkeypatch.setattr(PreparedData, "open", lambda uri: None)
+    parts = str(tmp_path / "parts")
+    with pytest.raises(KeyboardInterrupt):
+        trial.measure(candidate, 0, Inputs("prepared", None), parts)
+    before, fails = list(made), set()
+    found = trial.measure(candidate, 0, Inputs("prepared", None), parts)
+    assert made[len(before) :] == ["trex", *(task for task in found.scores if task not in before)]
+    assert list(found.scores) == [task.name for task in candidate.config.tasks]
+    assert found.cost.retrievers == len(candidate.config.tasks)
+    assert not (tmp_path / "parts").exists()

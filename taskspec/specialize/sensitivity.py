@@ -1,6 +1,6 @@
-"""How much each task needs each row of the parameters: the formulas.
+"""How much each task needs each row of the parameters, and for the analysis each element: the formulas.
 
-Path: gradients, rows → [here] → methods.  T tasks, P elements, R rows; no process group and no state here.
+Path: gradients, rows → [here] → methods, analysis.  T tasks, P elements, R rows; no process group and no state here.
 Source of the method: arXiv 2307.00342, section 3. Where this departs from it or from its published code, the function
 says so.
 """
