@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", help="only these; default all")
     parser.add_argument("--seeds", nargs="+", type=int, help="only these; default all")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="copy the trials there, under names for people")
+    parser.add_argument("--code", default="", help="with --keep: the commit of trials that do not name what made them")
     arguments = parser.parse_args()
     trials = [Trial.from_json(json.loads(path.read_text())) for path in sorted(arguments.folder.glob("*.json"))]
     chosen = [
@@ -34,7 +35,7 @@ def main() -> None:
         and (arguments.seeds is None or trial.seed is None or trial.seed in arguments.seeds)
     ]
     if arguments.keep:
-        keep(chosen, arguments.keep)
+        keep(chosen, arguments.keep, arguments.code)
     # Strengths by their numbers, not as text.
     chosen.sort(
         key=lambda one: (one.row != arguments.baseline, one.arm, str(one.values.keys()), [*one.values.values()])
@@ -47,14 +48,14 @@ def main() -> None:
             print(f"\n{arm}: recommended: {ship}: {found.reason}" + ("; an end of the range" if found.end else ""))
 
 
-def keep(trials: list[Trial], folder: Path) -> None:
+def keep(trials: list[Trial], folder: Path, code: str) -> None:
     """Writes them without the URIs of checkpoints, which only the machine that made them has."""
     folder.mkdir(parents=True, exist_ok=True)
     written: dict[str, str] = {}
     for trial in trials:
         parts = [trial.row, trial.candidate, "" if trial.seed is None else f"seed-{trial.seed}"]
         name = re.sub(r"[^\w.=-]+", "-", "-".join(filter(None, parts)))
-        content = json.dumps(replace(trial, checkpoint=None).to_json(), separators=(",", ":"))
+        content = json.dumps(replace(trial, checkpoint=None, code=trial.code or code).to_json(), separators=(",", ":"))
         if written.setdefault(name, content) != content:
             raise SystemExit(f"{folder / name}.json: two trials of one row and seed; name the rows that are meant")
         (folder / f"{name}.json").write_text(content + "\n")
