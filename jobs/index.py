@@ -89,7 +89,7 @@ def plan(arguments: argparse.Namespace, config: Config, prepared: str, out: str)
     if passages is None or arguments.checkpoint is not None:
         data = PreparedData.open(prepared)
         passages = passages or len(data.passages)
-        if arguments.checkpoint is not None:
+        if arguments.checkpoint is not None and not config.index.gpu:
             # The probe takes all cores of this machine, as the actors of a node do together.
             nodes = min(arguments.nodes, config.index.actors)
             embed_s = embedding_seconds(arguments.checkpoint, data, config.index.precision) * passages / nodes

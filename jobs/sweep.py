@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jobs import cli
 from jobs.pipeline import Inputs, make_inputs
-from taskspec import store
+from taskspec import artifacts, store
 from taskspec.arms import Arms, Candidate, expand, read_arms
 from taskspec.config import Config, canonical_sha256
 from taskspec.errors import ConfigError, TrainingError
@@ -72,8 +72,9 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
     at_once = config.sweep.concurrent
     cpus = at_once * max(needed_cpus(candidate.config) for candidate in candidates)
     cluster.require(f"{at_once} trial(s) at a time", cpus=cpus, wait_s=config.cluster.wait_s)
-    with _alone(config.artifacts):
+    with _alone(store.join(config.artifacts, "sweep")):
         comparison = sweep(config, arms, candidates)
+        report = _write_report(config, Path(arguments.arms).stem, arms, comparison)
     print(f"\n{comparison_text(comparison)}\n", flush=True)
     recommended = {}
     for name in arms.arms:
@@ -84,28 +85,29 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
             print(f"{name}: recommended: {ship}: {found.reason}{warning}", flush=True)
             recommended[name] = found.value
         elif comparison.curve_to_ship(name, STRENGTH):
-            print(f"{name}: no strength is recommended: its rows share fewer than 2 seeds, and one shows nothing")
-    report = _write_report(config, Path(arguments.arms).stem, arms, comparison)
+            print(f"{name}: no strength is recommended: its rows and {arms.baseline} share fewer than 2 seeds")
     rows = [_row(comparison, row) for row in comparison.rows]
     return {"uri": report, "rows": rows, "recommended": recommended}
 
 
 @contextmanager
-def _alone(artifacts: str) -> Iterator[None]:
-    """Two sweeps would train the same runs in the same folders. S3 has no locks: there it is on the user.
+def _alone(folder: str) -> Iterator[None]:
+    """Two sweeps would train the same runs in the same folders. S3 and some file systems have no locks: there it is on
+    the user.
 
     Raises: ConfigError if another one has the folder.
     """
-    if store.is_s3(artifacts):
+    if store.is_s3(folder):
         yield
         return
-    folder = Path(artifacts, "sweep")
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder, "lock"), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(f"{folder}: another sweep is at work there; wait for it, or set artifacts") from error
+        except OSError:
+            print(f"{folder}: has no locks; see to it that no other sweep is at work there", flush=True)
         yield
 
 
@@ -168,8 +170,9 @@ def _run_trials(config: Config, trials: Sequence[Planned], inputs: Inputs, folde
                 run_config=tune.RunConfig(name="sweep", storage_path=scratch, verbose=0, callbacks=[progress]),
             )
             results = tuner.fit()
-        failed += [f"{_label(trials[one.config['number']])}: {_last_line(one.error)}" for one in results if one.error]
-        if not failed and not all(store.exists(_file(folder, trials[number].key)) for number in wave):
+        errors = {one.config["number"]: one.error for one in results if one.error}
+        failed += [f"{_label(trials[number])}: {_last_line(error)}" for number, error in errors.items()]
+        if not all(number in errors or store.exists(_file(folder, trials[number].key)) for number in wave):
             raise KeyboardInterrupt  # Tune takes Ctrl-C for itself and returns as if it had finished
     if failed:
         raise TrainingError(
@@ -210,8 +213,10 @@ def _trial(point: dict[str, Any], trials: Sequence[Planned], inputs: Inputs, fol
 
     trial = trials[point["number"]]
     cluster.connect(trial.candidate.config.cluster)
-    measured = measure(trial.candidate, trial.seed, inputs, parts=store.join(folder, f"{trial.key}-parts"))
+    parts = store.join(folder, f"{trial.key}-parts")
+    measured = measure(trial.candidate, trial.seed, inputs, parts)
     store.write_bytes(_file(folder, trial.key), json.dumps(measured.to_json()).encode())
+    artifacts.remove(parts)
     averages = [sum(scores) / len(scores) for scores in measured.scores.values()]
     tune.report({"average": sum(averages) / len(averages)})
 
@@ -272,12 +277,12 @@ def _progress(trials: Sequence[Planned]) -> Any:
 
 
 def _write_report(config: Config, name: str, arms: Arms, comparison: Comparison) -> str:
-    """The report's folder, `<artifacts>/sweep/<name of the arms file>`. Returns: URI of the page."""
+    """The report's folder, `<artifacts>/sweep/reports/<name of the arms file>`. Returns: URI of the page."""
     import tempfile
 
     from taskspec.evaluate.comparison_report import write_comparison
 
-    target = store.join(config.artifacts, "sweep", name)
+    target = store.join(config.artifacts, "sweep", "reports", name)
     facts = {
         "Arms": f"{len(arms.arms)}, in {len(comparison.rows)} rows",
         "Seeds": ", ".join(map(str, config.sweep.seeds)),
@@ -295,7 +300,7 @@ def _write_report(config: Config, name: str, arms: Arms, comparison: Comparison)
             arms=arms.arms,
             config=config,
         )
-        for old in store.list_files(target):
+        for old in store.list_files(target):  # of a sweep with more figures
             store.delete(old)
         for path in sorted(Path(scratch).iterdir()):
             store.write_bytes(store.join(target, path.name), path.read_bytes())

@@ -49,7 +49,8 @@ def trial_key(candidate: Candidate, seed: int | None, inputs: Inputs) -> str:
 def measure(candidate: Candidate, seed: int | None, inputs: Inputs, parts: str) -> Trial:
     """Trains and measures one candidate with one seed. Ray must be connected.
 
-    Args: parts: URI of a folder of its own, which holds what is measured of several retrievers until all of them are.
+    Args: parts: URI of a folder of its own, which holds what is measured of several retrievers; to be removed when the
+        trial is kept.
     """
     from taskspec.data.prepared import PreparedData
 
@@ -67,7 +68,6 @@ def measure(candidate: Candidate, seed: int | None, inputs: Inputs, parts: str) 
             measured = _dense_trial(candidate, seed, config, inputs, prepared)
             store.write_bytes(part, json.dumps(measured.to_json()).encode())
         trials.append(Trial.from_json(json.loads(store.read_bytes(part))))
-    artifacts.remove(parts)
     return combined(trials)
 
 
@@ -81,6 +81,7 @@ def combined(trials: Sequence[Trial]) -> Trial:
         cost=Cost(**{field.name: sum(getattr(cost, field.name) for cost in costs) for field in fields(Cost)}),
         course={},
         checkpoint=None,
+        code=", ".join(dict.fromkeys(trial.code for trial in trials)),
     )
 
 

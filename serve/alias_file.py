@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import datetime
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from serve.asks import Version
 from serve.errors import Conflict
 from serve.versions import Served, Table, reopen_version
 from taskspec import store
+from taskspec.errors import StoreError
+
+
+class Found(NamedTuple):
+    """What was read."""
+
+    table: Table
+    content: bytes
 
 
 class AliasFile:
@@ -24,8 +32,8 @@ class AliasFile:
         self._log = store.join(folder, alias, "log")
         self._held: bytes | None = None
 
-    def read(self) -> Table | None:
-        """What it says now; None if there is none yet, or if it is as it was read or written last.
+    def read(self) -> Found | None:
+        """What it says now; None if there is none yet, or if it says what is held.
 
         Raises: StoreError; ArtifactError, ContractError if a version is not there any more as it was.
         """
@@ -34,20 +42,29 @@ class AliasFile:
         content = store.read_bytes(self.uri)
         if content == self._held:
             return None
-        tree = json.loads(content)
-        table = Table(
-            tree["revision"],
-            _served(tree["current"]),
-            _served(tree["candidate"]) if tree["candidate"] else None,
-            tree["shares"],
-            tree["shadow"],
-            tuple(Version(**version) for version in tree["last"]),
-        )
-        self._held = content
-        return table
+        try:
+            tree = json.loads(content)
+            table = Table(
+                tree["revision"],
+                _served(tree["current"]),
+                _served(tree["candidate"]) if tree["candidate"] else None,
+                tree["shares"],
+                tree["shadow"],
+                tuple(Version(**version) for version in tree["last"]),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(
+                f"{self.uri}: is no alias of this version of taskspec ({type(error).__name__} {error}); remove it, and "
+                f"the endpoint writes it anew"
+            ) from error
+        return Found(table, content)
+
+    def hold(self, found: Found) -> None:
+        """From now on that is what the file is expected to say."""
+        self._held = found.content
 
     def write(self, table: Table) -> None:
-        """Raises: Conflict if somebody else has changed it since it was read or written; StoreError."""
+        """Raises: Conflict if it says something else than what is held; StoreError."""
         tree = {
             "revision": table.revision,
             "current": _fields(table.current.version),
@@ -70,7 +87,7 @@ class AliasFile:
 
 
 def _served(tree: dict[str, str]) -> Served:
-    return reopen_version(Version(**tree))[0]
+    return reopen_version(Version(**tree))
 
 
 def _fields(version: Version) -> dict[str, str]:

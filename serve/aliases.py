@@ -23,7 +23,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from serve.admission import query_tokens
-from serve.alias_file import AliasFile
+from serve.alias_file import AliasFile, Found
 from serve.arguments import ServeArgs
 from serve.asks import FoundAll, Search, Version
 from serve.errors import Conflict
@@ -76,7 +76,8 @@ class Aliases:
         self._golden: dict[str, dict[str, float]] = {}
         self._status: Status = "served"
         self._reason: str | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._at_work = asyncio.Lock()
+        """Held while the table changes, by a request or by the file."""
         if self._file:
             self._table = await asyncio.to_thread(self._first_table, self._file, served)
             self._watching = asyncio.create_task(self._watch(self._file))
@@ -84,19 +85,21 @@ class Aliases:
     @staticmethod
     def _first_table(file: AliasFile, served: Served) -> Table:
         """What the file says; the first endpoint writes it."""
-        table = file.read()
-        if table is None:
-            table = Table(1, served)
+        found = file.read()
+        table = Table(1, served)
+        if found is None:
             try:
                 file.write(table)
             except Conflict:  # another endpoint was faster
-                written = file.read()
-                assert written is not None
-                table = written
+                found = file.read()
+                assert found is not None
             else:
                 version = served.version
                 uris = {"checkpoint": version.checkpoint, "index": version.index}
                 file.log(who=None, revision=1, action="begin", version=version.id, **uris)
+        if found is not None:
+            file.hold(found)
+            table = found.table
         if table.current.version != served.version:
             logger.warning("%s points to version %s, which is served", file.uri, table.current.version.id)
         return table
@@ -106,23 +109,34 @@ class Aliases:
         while True:
             await asyncio.sleep(WATCH_S)
             try:
-                table = None if self._changing else await asyncio.to_thread(file.read)
-                if table is not None:
-                    self._task = asyncio.create_task(self._adopt(table))
-                    await self._task
+                async with self._at_work:
+                    found = await asyncio.to_thread(file.read)
+                    if found is not None:
+                        await self._adopt(file, found)
             except Exception:
                 logger.exception("%s cannot be followed; what is served stays", file.uri)
 
-    async def _adopt(self, table: Table) -> None:
-        before = self._table
-        await self._set(replace(before, opened=(*before.opened, *table.versions)))
-        for version in table.versions:
-            await self._opened_everywhere(version)
-        await self._set(table)
+    async def _adopt(self, file: AliasFile, found: Found) -> None:
+        """Opens and serves what the file says, or leaves everything as it was."""
+        before, table = self._table, found.table
+        self._status = "loading"
+        try:
+            await self._set(replace(before, opened=(*before.opened, *table.versions)))
+            for served in (table.current, table.candidate):
+                if served is not None:
+                    await self._opened_everywhere(served.version)
+        except Exception:
+            await self._set(before)
+            raise
+        finally:
+            self._status = "served"
+        file.hold(found)
+        await self._serve(table)
 
-    @property
-    def _changing(self) -> bool:
-        return self._task is not None and not self._task.done()
+    async def _serve(self, table: Table) -> None:
+        if table.candidate != self._table.candidate:
+            self._compared.clear()
+        await self._set(table)
 
     async def table(self, known: Table | None = None) -> Table:
         """The table, once it is another than the one that is known, or after a while."""
@@ -172,29 +186,35 @@ class Aliases:
         """
         if self._file is None:
             raise Conflict("versions are not changed here: start the endpoint with aliases=FOLDER")
-        if self._changing:
+        if self._status in ("loading", "trying"):
             raise Conflict(f"the alias {self._alias} is being changed: {self._status}; ask again when that is done")
-        if request.expected != self._table.current.version.id:
-            raise Conflict(
-                f"the alias {self._alias} points to version {self._table.current.version.id}, not to {request.expected}"
-            )
+        self._require_expected(request)
         self._status, self._reason = "loading", None
-        self._task = asyncio.get_running_loop().create_task(self._change(self._file, request, who))
+        self._task = asyncio.create_task(self._change(self._file, request, who))
         await asyncio.sleep(0)
         return await self.state()
 
+    def _require_expected(self, request: AliasRequest) -> None:
+        current = self._table.current.version.id
+        if request.expected != current:
+            raise Conflict(f"the alias {self._alias} points to version {current}, not to {request.expected}")
+
     async def _change(self, file: AliasFile, request: AliasRequest, who: str) -> None:
         """Opens, tries and serves a version, or refuses it and leaves everything as it was."""
+        async with self._at_work:
+            await self._change_alone(file, request, who)
+
+    async def _change_alone(self, file: AliasFile, request: AliasRequest, who: str) -> None:
         before = self._table
+        self._status = "loading"
         entry: dict[str, Any] = {"who": who, "request": request.model_dump()}
         try:
+            self._require_expected(request)  # another endpoint may have been faster
             new = await asyncio.to_thread(open_version, request.checkpoint, request.index)
             after = await self._bring_in(before, new, request)
             await asyncio.to_thread(file.write, after)
             entry |= {"action": "serve", "revision": after.revision, "version": new.version.id, "golden": self._golden}
-            if after.candidate != before.candidate:
-                self._compared.clear()
-            await self._set(after)
+            await self._serve(after)
             self._status = "served"
         except Exception as error:
             self._status = "refused"

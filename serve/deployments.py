@@ -30,7 +30,7 @@ from serve.asks import Ask, Batch, Embedded, Found, FoundAll, Search, Version
 from serve.batching import Batcher, LateError
 from serve.guard import LOGGING
 from serve.remote import RemoteShards, ShardLine
-from serve.versions import Table, reopen_version
+from serve.versions import Table, reopen_version, require_version
 from taskspec import artifacts
 from taskspec.index.manifest import KIND, LEXICAL_FOLDER, PASSAGES_FILE
 from taskspec.index.page_ids import PAGE_ID_FILES
@@ -147,13 +147,14 @@ class OpenModel:
 
 def open_model(version: Version) -> OpenModel:
     """Raises: ArtifactError, StoreError; ContractError if the checkpoint is not the one that built the index."""
-    served, held = reopen_version(version)
-    manifest = served.index
+    served = reopen_version(version)
+    held = artifacts.read_manifest(version.index, KIND)
     lexical = [name for name in held.files if name.startswith(f"{LEXICAL_FOLDER}/")]
     files = (PASSAGES_FILE, *PAGE_ID_FILES, *lexical)
     artifact = artifacts.open_artifact(version.index, KIND, verify=True, files=files)
-    catalog = Catalog.open(artifact.folder, manifest, version.id)
-    return OpenModel(open_encoder(version.checkpoint), catalog, len(manifest.shards))
+    require_version(artifact.id, version)
+    catalog = Catalog.open(artifact.folder, served.index, version.id)
+    return OpenModel(open_encoder(version.checkpoint), catalog, len(served.index.shards))
 
 
 @serve.deployment(
@@ -317,13 +318,15 @@ class Shard:
         await self._versions.start()
 
     def _open(self, version: Version) -> LocalShards:
-        manifest = reopen_version(version)[0].index
+        manifest = reopen_version(version).index
         own = manifest.shards[self._number :: self._of]
         artifact = artifacts.open_artifact(version.index, KIND, verify=True, files=[shard.file for shard in own])
+        require_version(artifact.id, version)
         return LocalShards.open(artifact.folder, manifest, own)
 
     async def ping(self) -> None:
-        """Answers if a replica is there."""
+        """Answers if a replica is there, and one of its threads is free."""
+        await asyncio.get_running_loop().run_in_executor(self._searching, int)
 
     async def run(self, version: Version, left_s: float, method: str, *arguments: Any) -> Results:
         """`search` or `rank` of `LocalShards`.    Raises: TimeoutError if nobody waits for it any more."""

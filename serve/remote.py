@@ -39,14 +39,15 @@ class ShardLine:
     """The way to one shard deployment, with a circuit breaker."""
 
     def __init__(self, number: int, call: Call, ping: Callable[[], Awaitable[Any]], timeout_s: float) -> None:
-        """Args: ping: answers if a replica is there. timeout_s: the longest that a call is waited for."""
+        """Args: ping: answers if a replica is there and free to search. timeout_s: the longest that a call is waited
+        for."""
         self._number, self._call, self._ping, self._timeout_s = number, call, ping, timeout_s
         self._probing: asyncio.Task[None] | None = None
 
     @property
     def broken(self) -> bool:
         """Whether it has not answered of late."""
-        return self._probing is not None
+        return self._probing is not None and not self._probing.done()
 
     async def ask(self, version: Any, left_s: float, method: str, *arguments: Any) -> Results | None:
         """Its answer; None if it fails, is not there in time, or has not answered of late."""
@@ -71,7 +72,7 @@ class ShardLine:
         return None
 
     def _break(self, reason: str) -> None:
-        if self._probing is None:
+        if not self.broken:
             logger.warning("shard %d is left out until it answers again: %s", self._number, reason)
             self._probing = asyncio.create_task(self._probe())
 
@@ -83,7 +84,6 @@ class ShardLine:
             except Exception:
                 await asyncio.sleep(PROBE_EVERY_S)
         logger.warning("shard %d answers again", self._number)
-        self._probing = None
 
 
 class RemoteShards:

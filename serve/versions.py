@@ -35,18 +35,23 @@ def open_version(checkpoint: str, index: str) -> Served:
     return Served(Version(index_version(manifest.id), checkpoint, index), contract, facts)
 
 
-def reopen_version(version: Version) -> tuple[Served, artifacts.Manifest]:
-    """A version that was opened before, here or elsewhere, and its index's manifest.
+def reopen_version(version: Version) -> Served:
+    """A version that was opened before, here or elsewhere.
 
     Raises: ArtifactError if another index stands there now; ContractError, StoreError.
     """
     served = open_version(version.checkpoint, version.index)
-    if served.version.id != version.id:
+    require_version(served.version.id, version)
+    return served
+
+
+def require_version(artifact_id: str, version: Version) -> None:
+    """Raises: ArtifactError if that is the id of another index than the version's."""
+    if index_version(artifact_id) != version.id:
         raise ArtifactError(
-            f"{version.index}: holds version {served.version.id} and no longer {version.id}; an index that is served "
-            f"must stay as it is: build new ones in new folders"
+            f"{version.index}: holds version {index_version(artifact_id)} and no longer {version.id}; an index that is "
+            f"served must stay as it is: build new ones in new folders"
         )
-    return served, artifacts.read_manifest(version.index, KIND)
 
 
 @dataclass(frozen=True)

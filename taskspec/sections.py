@@ -185,7 +185,7 @@ class Train(Section):
     max_bad_steps: int = Field(10, ge=0)
     """A step whose gradient is not finite is skipped by all workers; the run stops at one more than so many."""
     compare_every: int = Field(100, ge=1)
-    """Steps between two comparisons of the workers' parameters, bit by bit."""
+    """Steps between two comparisons of the workers' parameters, and of what their method keeps, by checksums."""
     threads: int | None = Field(None, ge=1)
     """Intra-op threads per worker; None is cores of the node / workers."""
     precision: Precision = "fp32"

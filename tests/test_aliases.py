@@ -19,7 +19,7 @@ from serve.errors import Conflict
 from serve.keys import Key
 from serve.versions import Table, open_version, reopen_version
 from taskspec import store
-from taskspec.errors import ArtifactError
+from taskspec.errors import ArtifactError, StoreError
 
 ADMIN, READER = {"x-api-key": "a" * 43}, {"x-api-key": "r" * 43}
 
@@ -212,11 +212,17 @@ def test_of_two_endpoints_that_change_an_alias_one_wins(folder: Path, s3_bucket:
         first.write(Table(1, a))
         with pytest.raises(Conflict, match=r"race/live\.json was changed by another endpoint, which this one follows"):
             second.write(Table(1, b))
-        assert second.read() == Table(1, a)
-        assert second.read() is None, "as it was read"
+        found = second.read()
+        assert found is not None
+        assert found.table == Table(1, a)
+        with pytest.raises(Conflict):
+            second.write(Table(1, b))  # what was read may be something that it cannot serve
+        second.hold(found)
+        assert second.read() is None, "as it is held"
         second.write(Table(2, b, opened=(a.version,)))
-        again = AliasFile(root, "live")
-        assert again.read() == Table(2, b, opened=(a.version,))
+        again = AliasFile(root, "live").read()
+        assert again is not None
+        assert again.table == Table(2, b, opened=(a.version,))
         with pytest.raises(Conflict):
             first.write(Table(2, a))
 
@@ -226,7 +232,7 @@ def test_a_version_whose_index_was_built_anew_is_refused(folder: Path, tmp_path:
     file = AliasFile(str(tmp_path / "aliases"), "live")
     served = open_version(str(folder / "a"), str(tmp_path / "index"))
     file.write(Table(1, served))
-    assert reopen_version(served.version)[0] == served
+    assert reopen_version(served.version) == served
     shutil.rmtree(tmp_path / "index")
     publish_index(str(tmp_path / "index"), served.contract, str(folder / "a"))
     with pytest.raises(
@@ -235,12 +241,50 @@ def test_a_version_whose_index_was_built_anew_is_refused(folder: Path, tmp_path:
         AliasFile(str(tmp_path / "aliases"), "live").read()
 
 
+def test_a_file_of_another_shape_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    (tmp_path / "live.json").write_text('{"revision": 3, "current": {"checkpoint": "c", "index": "i"}}')
+    with pytest.raises(StoreError, match=r"live\.json: is no alias of this version of taskspec .*; remove it, and"):
+        AliasFile(str(tmp_path), "live").read()
+
+
+def test_what_another_endpoint_writes_and_this_one_cannot_serve_changes_nothing(folder: Path, url: str) -> None:
+    """It goes on to try; and a change of its own does not overwrite what it could not follow."""
+    before = state(url)
+    alias = folder / "aliases" / "live.json"
+    content = alias.read_bytes()
+    tree = json.loads(content)
+    broken = shutil.copytree(folder / "index-b", folder / "index-broken")
+    served = open_version(str(folder / "b"), str(broken))
+    (broken / "0.faiss").write_bytes(b"no shard")
+    tree["revision"] += 1
+    tree["current"] = {"id": served.version.id, "checkpoint": str(folder / "b"), "index": str(broken)}
+    alias.write_text(json.dumps(tree))
+    time.sleep(15)
+    assert state(url)["current"] == before["current"]
+    expected = before["current"]["version"]
+    name = "b" if expected == version(folder, "a") else "a"
+    body = {"checkpoint": str(folder / name), "index": str(folder / f"index-{name}"), "expected": expected}
+    deadline = time.monotonic() + 120
+    while (answer := httpx.put(f"{url}/aliases/live", json=body, headers=ADMIN, timeout=60)).status_code == 409:
+        assert time.monotonic() < deadline  # it is trying to follow
+        time.sleep(0.2)
+    assert answer.status_code == 202
+    while state(url)["status"] in ("loading", "trying"):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert json.loads(alias.read_bytes())["current"]["index"] == str(broken), "it was not overwritten unseen"
+    assert state(url)["current"] == before["current"]
+    alias.write_bytes(content)
+
+
 def test_an_endpoint_follows_what_another_writes_into_the_file(folder: Path, url: str) -> None:
     """Last of the module: it leaves the alias where the other endpoint put it."""
     before = state(url)
     other = AliasFile(str(folder / "aliases"), "live")
-    table = other.read()
-    assert table is not None
+    found = other.read()
+    assert found is not None
+    other.hold(found)
+    table = found.table
     name = "b" if before["current"]["version"] == version(folder, "a") else "a"
     new = open_version(str(folder / name), str(folder / f"index-{name}"))
     other.write(Table(table.revision + 1, new, opened=(table.current.version,)))

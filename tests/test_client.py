@@ -193,7 +193,7 @@ def test_a_server_that_asks_for_no_time_at_all_is_not_hammered(server, ask):
 
 def test_an_answer_that_is_no_json_is_an_error_of_the_endpoint(server, ask):
     server.before = [(200, {}, b"<html>Sign in</html>")]
-    with pytest.raises(EndpointError, match="200, but the body is no JSON: <html>Sign in</html>"):
+    with pytest.raises(EndpointError, match="the answer is no JSON: <html>Sign in</html>"):
         ask(server.url, lambda client: client.retrieve("who", "nq"))
 
 

@@ -326,14 +326,16 @@ def test_the_baseline_is_recommended_where_no_strength_is_shown_to_be_higher():
     )
 
 
-def test_strengths_are_ranked_on_the_seeds_that_all_have_and_shown_on_all_of_their_own():
-    # With its third seed 1 would have the lower average.
-    found = against_mean({0.5: [0.45, 0.45], 1: [0.5, 0.5, 0.32]}).recommend("taco", STRENGTH)
+def test_a_recommendation_is_by_the_seeds_that_all_have():
+    """A third seed of one strength, or of the baseline alone, would give it another chance to be shown."""
+    spread = {0.5: [0.45, 0.45], 1: [0.6, 0.4, 0.5, 0.5, 0.5, 0.5]}
+    found = against_mean(spread).recommend("taco", STRENGTH)
     assert found is not None
-    assert found.value == 0.5, "the interval of 1 over its three seeds reaches below the baseline"
-    steady = against_mean({0.5: [0.45, 0.45], 1: [0.5, 0.5, 0.36]}, mean=0.1).recommend("taco", STRENGTH)
-    assert steady is not None
-    assert steady.value == 1
+    assert found.value == 0.5
+    assert "on 2 seeds" in found.reason
+    curve = [one for row in strengths(spread).rows for one in row.trials]
+    few = Comparison.of([trial("mean", a=[0.3] * 4), *curve], "mean")
+    assert few.recommend("taco", STRENGTH) is None, "the baseline has one seed"
 
 
 def test_the_smallest_of_equally_good_strengths_is_recommended():

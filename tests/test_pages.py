@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taskspec.retrieve.pages import PASSAGES_PER_PAGE, Ranking, best_per_page, search_pages
+from taskspec.retrieve.pages import PASSAGES_PER_PAGE, Ranking, SearchPassages, best_per_page, search_until_full
 
 
 class Scan:
@@ -23,6 +23,15 @@ class Scan:
             rows_K = np.lexsort((np.arange(len(scores_N)), -scores_N))[:top_k]
             result.append(Ranking(scores_N[rows_K], rows_K))
         return result
+
+
+def search_pages(
+    search: SearchPassages, page_of_row_N: np.ndarray, queries_B1: np.ndarray, top_k: int
+) -> list[Ranking]:
+    """As a catalog asks for pages."""
+    return search_until_full(
+        search, lambda ranking: best_per_page(ranking, page_of_row_N), queries_B1, top_k, len(page_of_row_N)
+    )
 
 
 def numbered(count: int) -> np.ndarray:

@@ -161,8 +161,8 @@ class Recommendation:
     """What to ship, by a curve."""
 
     value: float | None
-    """Of those shown to be higher than the baseline the one with the highest average, on the seeds that all points
-    share; the smallest of equals. None: none is shown to be higher, so the baseline does as well and costs less."""
+    """Of those shown to be higher than the baseline the one with the highest average; the smallest of equals. None:
+    none is shown to be higher, and the baseline costs less."""
     reason: str
     """A sentence with the numbers."""
     end: bool
@@ -256,14 +256,15 @@ class Comparison:
         return () if len(curve) < 2 or curve[0][1].trials[0].zero_shot else curve
 
     def recommend(self, arm: str, key: str) -> Recommendation | None:
-        """What a curve to ship from says about its key; None if there is none, or if its points do not have 2 seeds in
-        common: one shows nothing."""
+        """What a curve to ship from says about its key, on the seeds that all its points and the baseline have; None if
+        there is no such curve, or if these are fewer than 2: one shows nothing."""
         curve = self.curve_to_ship(arm, key)
-        seeds = shared_seeds(row for _, row in curve)
-        if len(seeds) < 2:
+        seeds = shared_seeds([self.baseline, *(row for _, row in curve)])
+        if not curve or len(seeds) < 2:
             return None
-        average = {value: row.on(seeds).average for value, row in curve}
-        to_baseline = {value: row.minus(self.baseline) for value, row in curve}
+        baseline, rows = self.baseline.on(seeds), {value: row.on(seeds) for value, row in curve}
+        average = {value: row.average for value, row in rows.items()}
+        to_baseline = {value: row.minus(baseline) for value, row in rows.items()}
         higher = [value for value in average if to_baseline[value].verdict == "higher"]
         best = max(higher or average, key=average.__getitem__)
         name = self.baseline.name
@@ -271,7 +272,6 @@ class Comparison:
         if not higher:
             reason = f"none is shown to be higher than {name}; {best:g} has the highest average: {change}"
             return Recommendation(value=None, reason=reason, end=False)
-        rows = dict(curve)
         like = [f"{v:g}" for v in average if v != best and rows[v].minus(rows[best]).verdict == "no difference shown"]
         reason = (
             f"{best:g} has the highest average, {percent(average[best])} on {len(seeds)} seeds, of those shown to be "

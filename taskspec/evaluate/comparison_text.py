@@ -65,7 +65,7 @@ def zero_shot_text(comparison: Comparison) -> str | None:
     found = comparison.zero_shot_rows()
     if not found:
         return None
-    lines = [["zero-shot R-precision %", *(f"{cell}" for way in WAYS for cell in (way, "difference", "verdict"))]]
+    lines = [["zero-shot R-precision %", *(cell for way in WAYS for cell in (way, "difference", "verdict"))]]
     for row, answered in found.items():
         against = comparison.zero_shot_reference(row, found)
         cells = []

@@ -4,8 +4,8 @@
         answer, = client.retrieve("who wrote Faust", task="nq", top_k=3)
 
 Path: HTTP → [here] → hits.  What is asked here only reads, so a request that was lost or refused for the moment (429,
-502, 503, a broken connection) is sent again, after the time that the server asks for (Retry-After) or, if it asks for
-none, after a random time that doubles. A deadline bounds all of it. What a request got wrong is never sent again, nor
+502, 503, a broken connection) is sent again, after the time that the server asks for (Retry-After), if it asks for any,
+and a random time that doubles. A deadline bounds all of it. What a request got wrong is never sent again, nor
 what the endpoint itself answers with 500; a 500 that is not in its shape is Serve's proxy, which has lost a process.
 """
 
@@ -260,7 +260,7 @@ class _Attempts:
             return json.loads(body)
         except ValueError as error:
             text = " ".join(body.decode(errors="replace").split())[:200]
-            raise EndpointError(f"{self._what}: 200, but the body is no JSON: {text}", status=200) from error
+            raise EndpointError(f"{self._what}: the answer is no JSON: {text}") from error
 
     def failed(self, error: httpx.TransportError) -> None:
         self._sent += 1

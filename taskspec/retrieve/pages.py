@@ -55,14 +55,3 @@ def search_until_full(
                 found[number] = Ranking(kept.scores_K[:top_k], kept.rows_K[:top_k])
         waiting = np.array([number for number in waiting.tolist() if number not in found], dtype=np.int64)
     return [found[number] for number in range(len(queries_BD))]
-
-
-def search_pages(
-    search: SearchPassages, page_of_row_N: np.ndarray, queries_BD: np.ndarray, top_k: int
-) -> list[Ranking]:
-    """The best passage of each of the `top_k` best pages; fewer only where there are fewer pages."""
-
-    def keep(ranking: Ranking) -> Ranking:
-        return best_per_page(ranking, page_of_row_N)
-
-    return search_until_full(search, keep, queries_BD, top_k, len(page_of_row_N))

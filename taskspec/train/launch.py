@@ -285,17 +285,18 @@ def _worker(settings: dict[str, Any]) -> None:
 def _show_progress(job: TrainJob, stop: threading.Event) -> None:
     """Prints each new line of the run's metrics; workers' own output stays in Ray's logs."""
     label = job.run.rstrip("/").rpartition("/")[2]
-    earlier = {line["start"] for line in read_metrics(job.run)}
+    earlier = {line.get("start") for line in read_metrics(job.run)}
     start, shown = None, 0
     while True:
         ending = stop.wait(2)
         for line in read_metrics(job.run):
-            if line["start"] in earlier or (line["start"] == start and line["step"] <= shown):
+            of = line.get("start")
+            if of in earlier or (of == start and line["step"] <= shown):
                 continue
-            if start not in (None, line["start"]):
+            if start not in (None, of):
                 print(f"{label}: workers were restarted from the last checkpoint", flush=True)
                 earlier.add(start)
-            start, shown = line["start"], line["step"]
+            start, shown = of, line["step"]
             for reason in line["skipped"]:
                 print(f"{label}: skipped {reason}", flush=True)
             print(f"{label}: {console_line(line, job.config.train.steps)}", flush=True)

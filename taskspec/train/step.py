@@ -195,7 +195,7 @@ class Trainer:
         return reason
 
     def _require_alike(self, step: int) -> None:
-        kept = [value.flatten() for value in self.method.state().values() if value.is_floating_point()]
+        kept = [v.flatten().to(self.device) for v in self.method.state().values() if v.is_floating_point()]
         if not all(self.collectives.alike(one) for one in (self.flat.theta_P, *kept)):
             raise TrainingError(
                 f"step {step}: the workers' parameters or sensitivities differ; go on from the last checkpoint, and "

@@ -251,8 +251,8 @@ class Log:
             "entropy": said and said.entropy,
             "saturation": said and said.saturation,
             "saturated_energy": said and said.saturated_energy,
-            "gradient_norm": said and result.gradient_norm,
-            "gradient_ratio": said and result.gradient_ratio,
+            "gradient_norm": None if result.skipped else result.gradient_norm,
+            "gradient_ratio": None if result.skipped else result.gradient_ratio,
             "clip_rate": sum(one.clipped for one in taken) / len(taken) if taken else None,
             "learning_rate": result.learning_rate,
             "queries": queries,
@@ -301,7 +301,8 @@ def read_metrics(run: str) -> list[dict[str, Any]]:
 
 def seconds_taken(lines: Sequence[Mapping[str, Any]]) -> float:
     """Of a run by its lines, checkpoints included; not what came before its first step, nor what restarts lost."""
-    return float(sum(line["seconds"] + line["checkpoint_seconds"] for line in lines))
+    # Lines of before checkpoints were counted apart have them in their seconds.
+    return float(sum(line["seconds"] + line.get("checkpoint_seconds", 0.0) for line in lines))
 
 
 def console_line(line: dict[str, Any], steps: int) -> str:
@@ -316,15 +317,9 @@ def console_line(line: dict[str, Any], steps: int) -> str:
         f"step {line['step']}/{steps}",
         f"loss {loss:.2f} (most {hardest} {tasks[hardest]['loss']:.2f})",
         f"dev {100 * sum(dev) / len(dev):.0f}%" if dev else "",
-        *(
-            []
-            if line["entropy"] is None
-            else [
-                f"entropy {line['entropy']:.2f}",
-                f"saturated {100 * line['saturation']:.0f}%",
-                f"‖g‖ ×{line['gradient_ratio']:.1f}",
-            ]
-        ),
+        "" if line["entropy"] is None else f"entropy {line['entropy']:.2f}",
+        "" if line["entropy"] is None else f"saturated {100 * line['saturation']:.0f}%",
+        "" if line["gradient_ratio"] is None else f"‖g‖ ×{line['gradient_ratio']:.1f}",
         f"clipped {100 * line['clip_rate']:.0f}%",
         f"lr {line['learning_rate']:.1e}",
         f"{line['queries_per_second']:.0f} q/s",
