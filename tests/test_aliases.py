@@ -253,7 +253,9 @@ def test_what_another_endpoint_writes_and_this_one_cannot_serve_changes_nothing(
     alias = folder / "aliases" / "live.json"
     content = alias.read_bytes()
     tree = json.loads(content)
-    broken = shutil.copytree(folder / "index-b", folder / "index-broken")
+    broken = folder / "index-broken"
+    contract = open_version(str(folder / "b"), str(folder / "index-b")).contract
+    publish_index(str(broken), contract, str(folder / "b"), golden_page="4")  # so that it is a version of its own
     served = open_version(str(folder / "b"), str(broken))
     (broken / "0.faiss").write_bytes(b"no shard")
     tree["revision"] += 1
