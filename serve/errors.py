@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 
 from serve.admission import Overloaded
 from serve.guard import seen
@@ -117,7 +118,19 @@ async def _refusal(request: Request, exception: Exception) -> JSONResponse:
         return _answer(503, Error(message=message, type="unavailable", param=None, code="not_ready"), RETRY_AFTER)
     code = "method" if error.status_code == 405 else "request"
     told = Error(message=message, type="invalid_request", param=None, code=code)
-    return _answer(error.status_code, told, dict(error.headers or {}))
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["allow"] = _allowed(request)
+    return _answer(error.status_code, told, headers)
+
+
+def _allowed(request: Request) -> str:
+    """All methods of a path; Starlette names those of its first route."""
+    methods: set[str] = set()
+    for route in request.app.routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            methods |= route.methods or set()
+    return ", ".join(sorted(methods))
 
 
 async def _overload(request: Request, exception: Exception) -> JSONResponse:

@@ -275,6 +275,7 @@ def test_a_request_that_breaks_a_rule_is_told_which(
     [
         ("POST", "/retrieve", b"{query", 400, "invalid_request", "the body is not JSON: Expecting property name"),
         ("GET", "/retrieve", None, 405, "invalid_request", "GET /retrieve: Method Not Allowed"),
+        ("POST", "/aliases/live", None, 405, "invalid_request", "POST /aliases/live: Method Not Allowed"),
         ("GET", "/nowhere", None, 404, "not_found", "GET /nowhere: Not Found"),
     ],
 )
@@ -290,7 +291,8 @@ def test_errors_have_one_shape_everywhere(
     assert response.json()["request_id"] == "mine"
     assert response.json()["error"]["type"] == type_
     assert response.json()["error"]["message"].startswith(message)
-    assert response.headers.get("allow") == ("POST" if status == 405 else None)
+    allowed = {"/retrieve": "POST", "/aliases/live": "GET, PUT"}
+    assert response.headers.get("allow") == (allowed[path] if status == 405 else None)
 
 
 def test_what_may_be_asked_is_told(url: str) -> None:
