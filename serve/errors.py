@@ -14,7 +14,6 @@ from fastapi.responses import JSONResponse
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.exceptions import HTTPException
-from starlette.routing import Match, Route
 
 from serve.admission import Overloaded
 from serve.guard import seen
@@ -120,17 +119,15 @@ async def _refusal(request: Request, exception: Exception) -> JSONResponse:
     told = Error(message=message, type="invalid_request", param=None, code=code)
     headers = dict(error.headers or {})
     if error.status_code == 405:
-        headers["allow"] = _allowed(request)
+        headers = _allowed(request) or headers
     return _answer(error.status_code, told, headers)
 
 
-def _allowed(request: Request) -> str:
-    """All methods of a path; Starlette names those of its first route."""
-    methods: set[str] = set()
-    for route in request.app.routes:
-        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
-            methods |= route.methods or set()
-    return ", ".join(sorted(methods))
+def _allowed(request: Request) -> dict[str, str]:
+    """All methods of a documented path; Starlette names those of its first route only. Empty for other paths."""
+    path = getattr(request.scope.get("route"), "path", None)
+    methods = request.app.openapi()["paths"].get(path, {})
+    return {"allow": ", ".join(sorted(map(str.upper, methods)))} if methods else {}
 
 
 async def _overload(request: Request, exception: Exception) -> JSONResponse:

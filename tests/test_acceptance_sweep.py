@@ -45,7 +45,7 @@ def written(tiny_config: Config, folder: Path, arms: str, values: dict[str, Any]
 
 def test_a_sweep_compares_its_arms_and_makes_again_only_what_is_missing(tiny_config, ray_cluster, tmp_path, capfd):
     values = {"train.steps": 4, "specialization.warmup": 0, "specialization.min_warmup_steps": 0}
-    words = written(tiny_config, tmp_path, ARMS, values | {"sweep.seeds": [0, 1], "sweep.concurrent": 2})
+    words = written(tiny_config, tmp_path, ARMS, values | {"sweep.seeds": [0, 1]})
     found = run(words)
     names = ["bm25", "mean", "mean-owned", "single", "taco strength=0", "taco strength=2", "few"]
     rows = {row["row"]: row for row in found["rows"]}
