@@ -22,6 +22,7 @@ from taskspec.data.prepared import KIND, PASSAGE_SCHEMA, QUERY_SCHEMA, PreparedD
 from taskspec.data.world import World, write_world
 from taskspec.errors import RequestError
 from taskspec.evaluate.metrics import r_precision
+from taskspec.index.lexical import Lexical
 from taskspec.negatives.bm25 import BM25, mine_bm25
 
 # Page → its passages; what is said of doors is said here.
@@ -162,6 +163,21 @@ def test_an_index_built_in_chunks_is_the_same(prepared: PreparedData, monkeypatc
     whole = BM25.build(prepared).search(["red door"], "nq")
     monkeypatch.setattr("taskspec.index.lexical.CHUNK", 3)
     assert BM25.build(prepared).search(["red door"], "nq") == whole
+
+
+def test_words_of_queries_are_not_kept(prepared: PreparedData, tmp_path: Path) -> None:
+    """An endpoint that kept every new word would grow for ever."""
+    built = Lexical.build(prepared.passages)
+    built.save(tmp_path / "lexical")
+    opened = Lexical.open(tmp_path / "lexical")
+    tokenizer = opened._tokenizer
+    held = [dict(of) for of in (tokenizer.word_to_stem, tokenizer.stem_to_sid, tokenizer.word_to_id)]
+    known = prepared.passages.take([0], ["text"])["text"][0]
+    texts = ["quixotically unheard", known, f"{known.split()[-1]}s and {known.split()[-1]}ing"]
+    found = opened.words(texts)
+    assert found == opened.words(texts) == built.words(texts)
+    assert any(found), "some words are of the passages"
+    assert held == [tokenizer.word_to_stem, tokenizer.stem_to_sid, tokenizer.word_to_id]
 
 
 def test_requests_that_break_a_rule_are_refused(bm25: BM25) -> None:

@@ -70,6 +70,9 @@ def test_with_full_effort_little_is_missed_and_rows_are_global(
     exact = exact_answers(vectors, 0, queries, 10)
     assert shares_found(found.rows_BK, exact.rows_BK).mean() >= KINDS[name].codes - 0.03
     assert (np.diff(found.scores_BK, axis=1) <= 0).all()
+    # Where nothing was measured, a search tries as hard as it can.
+    unmeasured = merge_top_k([part.search(queries, 10, None) for part in parts], 10)
+    np.testing.assert_array_equal(unmeasured.rows_BK, found.rows_BK)
 
 
 @pytest.mark.parametrize("name", NAMES)

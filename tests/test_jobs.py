@@ -130,6 +130,19 @@ def test_trials_that_need_the_same_run_are_not_made_at_the_same_time(tmp_path):
     assert waves([*trials, trials[1]]) == [[0, 1, 2, 4], [3], [5]]
 
 
+def test_a_trial_is_another_one_if_another_kind_of_index_measures_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(Inputs, "ids", lambda self: [])
+    (tmp_path / "arms.yaml").write_text("{baseline: mean, arms: {mean: {}}}")
+
+    def key(**index):
+        config = load_config("quickstart", [f"index.{name}={value}" for name, value in index.items()])
+        (candidate,) = expand(read_arms(str(tmp_path / "arms.yaml")), config)
+        return trial.trial_key(candidate, 0, Inputs("prepared", None))
+
+    assert key() == key(actors=2)
+    assert len({key(), key(kind="ivf"), key(kind="pq"), key(precision="bf16"), key(recall=0.5)}) == 5
+
+
 def test_what_was_measured_of_several_retrievers_outlives_the_job(tmp_path, monkeypatch):
     """A trial of one retriever per task takes as many trainings and indexes."""
     (tmp_path / "arms.yaml").write_text("{baseline: single, arms: {single: {per_task: share}}}")

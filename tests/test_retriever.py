@@ -191,6 +191,8 @@ def test_fusing_keeps_every_result_once_and_one_ranking_as_it_is(rankings: list[
 def test_page_ids_read_from_disk_are_those_of_the_passages(retriever: Retriever, tmp_path: Path) -> None:
     PageIds.of(RowStore(tmp_path / "passages.arrow")).save(tmp_path)
     ids = PageIds.open(tmp_path)
+    assert len(ids.find(["10"])) == 1
+    assert ids.find(["10\0"]).tolist() == [], "numpy would take the id that ends with NUL for the one without"
     assert ids.find(["30", "10", "1", "300", "30"]).tolist() == [0, 2]
     assert ids.find([]).tolist() == []
     (tmp_path / "page_rows.npy").write_bytes(b"broken")

@@ -520,3 +520,13 @@ def test_what_the_tokenizer_cannot_do_for_one_request_fails_none_beside_it(folde
     assert [len(one.embeddings_BD) for one in (good, two)] == [1, 2]
     alone = open_model(served.version).encoder.embed_queries("nq", ["Io"])[0]
     np.testing.assert_allclose(good.embeddings_BD, alone, atol=1e-6)
+
+
+def test_a_call_that_hangs_ends_with_the_longest_time_that_a_request_may_take() -> None:
+    async def run() -> None:
+        dispatch = Dispatch(Limits(timeout_ms=20), None, None)
+        assert await dispatch.within(asyncio.sleep(0, "there")) == "there"
+        with pytest.raises(Late, match="no answer within 20 ms; ask again"):
+            await dispatch.within(asyncio.sleep(60))
+
+    asyncio.run(asyncio.wait_for(run(), 30))

@@ -353,12 +353,13 @@ def test_all_workers_skip_a_step_whose_gradient_is_not_finite_on_one(
 
 
 def drift(config: Config, prepared: PreparedData) -> list[str]:
-    """A weight changes on one worker only, before the second of three steps."""
+    """A weight, or with taco a sensitivity, changes on one worker only, before the second of three steps."""
     bench = Bench(config, prepared)
     said = []
     for step in range(3):
         if step == 1 and bench.rank == 1:
-            bench.theta_P[0] += 1
+            kept = bench.trainer.method.state().get("mean_TR")
+            (bench.theta_P[:1] if kept is None else kept[:1, :1]).add_(1)
         try:
             bench.trainer.step(step, bench.maker.step(step))
         except TrainingError as error:
@@ -366,8 +367,9 @@ def drift(config: Config, prepared: PreparedData) -> list[str]:
     return said
 
 
-def test_workers_that_drift_apart_are_found_at_the_next_comparison(tiny_config, tiny_prepared, tmp_path):
-    config = configure(tiny_config, "mean", compare_every=3, distribution="replicated")  # others gather each step
+@pytest.mark.parametrize("method", ["mean", "taco"])
+def test_workers_that_drift_apart_are_found_at_the_next_comparison(method, tiny_config, tiny_prepared, tmp_path):
+    config = configure(tiny_config, method, compare_every=3, distribution="replicated")  # others gather each step
     for said in together(2, tmp_path, drift, config, tiny_prepared):
         assert said == [
             "step 2: the workers' parameters or sensitivities differ; go on from the last checkpoint, and look for a "
