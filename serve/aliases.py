@@ -24,11 +24,11 @@ from ray.serve.handle import DeploymentHandle
 
 from serve.admission import query_tokens
 from serve.alias_file import AliasFile, Found
+from serve.alias_schema import AliasRequest, AliasResponse, Compared, VersionInfo
 from serve.arguments import ServeArgs
 from serve.asks import FoundAll, Search, Version
 from serve.errors import Conflict
 from serve.guard import LOGGING
-from serve.schema import AliasRequest, AliasResponse, Compared, VersionInfo
 from serve.versions import Served, Table, open_version
 from taskspec import artifacts
 from taskspec.errors import StoreError, TaskspecError

@@ -25,6 +25,7 @@ from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from serve.alias_schema import AliasesResponse, AliasRequest, AliasResponse
 from serve.aliases import Aliases
 from serve.answers import Answers, Known
 from serve.arguments import ServeArgs
@@ -36,9 +37,6 @@ from serve.guard import LOGGING, GuardMiddleware, Settings, configure, seen
 from serve.metrics import Metrics
 from serve.playground import HEADERS, PAGE
 from serve.schema import (
-    AliasesResponse,
-    AliasRequest,
-    AliasResponse,
     Answer,
     Coverage,
     Embedding,

@@ -16,9 +16,10 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.exceptions import HTTPException
 
 from serve.admission import Overloaded
+from serve.alias_schema import AliasRequest
 from serve.guard import seen
 from serve.remote import ShardsLostError
-from serve.schema import AliasRequest, EmbedRequest, Error, ErrorResponse, OpenAIRequest, RetrieveRequest
+from serve.schema import EmbedRequest, Error, ErrorResponse, OpenAIRequest, RetrieveRequest
 from taskspec.errors import RequestError, TaskspecError
 
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
