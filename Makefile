@@ -14,7 +14,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-quickstart: .venv/ready ## generate a small world, train, evaluate, serve and ask: 6 to 7 minutes on 2 cores
+quickstart: .venv/ready ## generate a small world, train, evaluate, serve and ask: 7 to 15 minutes on 2 cores
 	@$(BIN)/python -m jobs.quickstart
 
 test: lint ## all checks and the fast tests

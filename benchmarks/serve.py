@@ -4,6 +4,7 @@
     python benchmarks/serve.py embed       # jobs.index past its start-up, beside sentence-transformers
     python benchmarks/serve.py search      # a batch over two shards, beside one FAISS call
     python benchmarks/serve.py endpoint    # served queries a second, beside one process and an afternoon's server
+    python benchmarks/serve.py scale       # replicas and p95 while the load rises and falls: scaling.png
 
 `embed` and `endpoint` need `pip install sentence-transformers`. Server and client share the machine; what the client
 takes of it is printed too.
@@ -14,22 +15,21 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import faiss
 import numpy as np
+import scaling
 import yaml
+from load import TOP_K, closed_loop, open_loop, requests
 
 from jobs.quickstart import serving
 from taskspec import artifacts, cluster, store
@@ -44,7 +44,6 @@ from taskspec.retrieve.retriever import Retriever
 
 CONFIG = Path(__file__).with_name("minikilt.yaml")
 QUERIES_A_REQUEST = 16
-LEVEL, TOP_K = "passage", 10
 AFTERNOON_PORT = 8123
 
 
@@ -158,83 +157,6 @@ def questions(config: Config) -> list[tuple[str, str]]:
     return list(dict.fromkeys(turns))
 
 
-@dataclass
-class Load:
-    """What a load met."""
-
-    seconds: float
-    latencies: list[float]
-    """Of answers with status 200, from the time that the request was to be sent."""
-    failed: int
-    queries: int
-    client_cpu_s: float
-
-    def line(self, name: str) -> str:
-        ordered = sorted(self.latencies) or [float("nan")]
-        p50, p95, p99 = (1000 * ordered[min(len(ordered) - 1, int(len(ordered) * p))] for p in (0.5, 0.95, 0.99))
-        return (
-            f"{name:34} {self.rate:7.1f} queries/s  p50 {p50:6.0f}  p95 {p95:6.0f}  p99 {p99:6.0f} ms  "
-            f"{self.failed} failed, client {100 * self.client_cpu_s / self.seconds:.0f}% of a core"
-        )
-
-    @property
-    def rate(self) -> float:
-        return self.queries / self.seconds
-
-    @property
-    def p99(self) -> float:
-        ordered = sorted(self.latencies)
-        return ordered[int(len(ordered) * 0.99)] if ordered else float("inf")
-
-
-Send = Callable[[], Awaitable[int]]
-"""One request. Returns: the queries that were answered, 0 if it failed."""
-
-
-async def closed_loop(send: Send, clients: int, seconds: float) -> Load:
-    """Each client sends its next request when it has the answer to the last."""
-    latencies: list[float] = []
-    failed = answered = 0
-    cpu, began = _cpu(), time.monotonic()
-
-    async def client() -> None:
-        nonlocal failed, answered
-        while time.monotonic() < began + seconds:
-            started = time.monotonic()
-            queries = await send()
-            answered += queries
-            failed += not queries
-            if queries:
-                latencies.append(time.monotonic() - started)
-
-    await asyncio.gather(*(client() for _ in range(clients)))
-    return Load(time.monotonic() - began, latencies, failed, answered, _cpu() - cpu)
-
-
-async def open_loop(send: Send, requests_per_s: float, seconds: float) -> Load:
-    """Requests at a constant rate, whatever becomes of the ones before."""
-    latencies: list[float] = []
-    failed = answered = 0
-    cpu, began = _cpu(), time.monotonic()
-
-    async def one(at: float) -> None:
-        nonlocal failed, answered
-        await asyncio.sleep(max(0.0, at - time.monotonic()))
-        queries = await send()
-        answered += queries
-        failed += not queries
-        if queries:
-            latencies.append(time.monotonic() - at)
-
-    await asyncio.gather(*(one(began + n / requests_per_s) for n in range(int(requests_per_s * seconds))))
-    return Load(time.monotonic() - began, latencies, failed, answered, _cpu() - cpu)
-
-
-def _cpu() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
-
-
 def floor(config: Config, asked: Sequence[tuple[str, str]], batch: int, seconds: float) -> float:
     """Queries a second of the encoder's forward pass and one FAISS search in this process, a batch of one task at a
     time; no texts or exact scores are made of what is found."""
@@ -257,47 +179,27 @@ def floor(config: Config, asked: Sequence[tuple[str, str]], batch: int, seconds:
     return done / (time.monotonic() - began)
 
 
-async def endpoint(config: Config, seconds: float, knee_only: bool) -> None:
+def write_settings(
+    config: Config, args: Mapping[str, Any] | None = None, deployments: Sequence[Mapping[str, Any]] = ()
+) -> Path:
+    """A Serve config of the prepared index on loopback, without a cache.    Returns: its path."""
     at = places(config)
-    asked = questions(config)
-    settings = Path(config.artifacts) / "benchmark-serve.yaml"
-    args = {"checkpoint": at["checkpoint"], "index": at["index"], "cache_bytes": 0}
-    content = {
-        "http_options": {"host": "127.0.0.1", "port": 8000},
-        "applications": [{"import_path": "serve.app:build", "args": args}],
+    application = {
+        "import_path": "serve.app:build",
+        "args": {"checkpoint": at["checkpoint"], "index": at["index"], "cache_bytes": 0, **(args or {})},
+        "deployments": list(deployments),
     }
-    settings.write_text(yaml.safe_dump(content), encoding="utf-8")
-    numbers = count()
+    content = {"http_options": {"host": "127.0.0.1", "port": 8000}, "applications": [application]}
+    path = Path(config.artifacts) / "benchmark-serve.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
 
+
+async def endpoint(config: Config, seconds: float, knee_only: bool) -> None:
+    asked = questions(config)
+    settings = write_settings(config)
     batches: list[int] = []
     """Queries that were embedded together with each request's last one."""
-
-    def several(session: aiohttp.ClientSession, url: str, size: int, own: bool = True) -> Send:
-        """Requests of `size` queries of one task.    Args: own: whether the endpoint here answers."""
-        by_task: dict[str, list[str]] = {}
-        for task, text in asked:
-            by_task.setdefault(task, []).append(text)
-        tasks = list(by_task)
-
-        async def send() -> int:
-            number = next(numbers)
-            task = tasks[number % len(tasks)]
-            texts = [by_task[task][(number * size + n) % len(by_task[task])] for n in range(size)]
-            body: dict[str, Any] = {"query": texts if size > 1 else texts[0], "task": task, "top_k": TOP_K}
-            if own:
-                body["level"] = LEVEL
-            try:
-                async with session.post(f"{url}/retrieve", json=body) as response:
-                    answer = await response.json()
-            except (aiohttp.ClientError, TimeoutError):
-                return 0
-            if response.status != 200:
-                return 0
-            if own:
-                batches.append(answer["time"]["batch_queries"])
-            return size
-
-        return send
 
     # Ray runs its workers at nice 15, which would starve them beside the client on the same machine.
     os.environ |= {"RAY_worker_niceness": "0"}
@@ -306,7 +208,7 @@ async def endpoint(config: Config, seconds: float, knee_only: bool) -> None:
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(120)) as session:
         with serving(settings) as url:
-            send = several(session, url, QUERIES_A_REQUEST)
+            send = requests(session, url, asked, QUERIES_A_REQUEST, batches)
             await closed_loop(send, 2, 5)  # warm
             batches.clear()
             best = 0.0
@@ -320,16 +222,32 @@ async def endpoint(config: Config, seconds: float, knee_only: bool) -> None:
                 rate = share * best / QUERIES_A_REQUEST
                 load = await open_loop(send, rate, seconds)
                 print(load.line(f"open loop, {share:.0%} of that"), flush=True)
-            ours = await closed_loop(several(session, url, 1), 32, seconds)
+            ours = await closed_loop(requests(session, url, asked, 1, batches), 32, seconds)
             print(ours.line("single queries, 32 clients"), flush=True)
         print(f"served at the knee over one process at {QUERIES_A_REQUEST}: {best / physical[QUERIES_A_REQUEST]:.2f}")
         with afternoon(config) as url:
-            await closed_loop(several(session, url, 1, own=False), 4, 5)
-            plain = await closed_loop(several(session, url, 1, own=False), 32, seconds)
+            await closed_loop(requests(session, url, asked, 1), 4, 5)
+            plain = await closed_loop(requests(session, url, asked, 1), 32, seconds)
             print(plain.line("the afternoon's, 32 clients"), flush=True)
-    print(
-        f"single queries over the afternoon's: {ours.rate / plain.rate:.2f}, p99 {ours.p99 / plain.p99:.2f} times its"
-    )
+    slower = ours.percentile(99) / plain.percentile(99)
+    print(f"single queries over the afternoon's: {ours.rate / plain.rate:.2f}, p99 {slower:.2f} times its")
+
+
+async def scale(config: Config) -> None:
+    """One replica of the encoder is asked for less than it can do, then for more, then for less again."""
+    settings = write_settings(config, args={"threads": 1, "shard_threads": 1}, deployments=[scaling.ENCODER])
+    os.environ |= {"RAY_worker_niceness": "0"}
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(120)) as session:
+        with serving(settings) as url:
+            send = requests(session, url, questions(config), QUERIES_A_REQUEST, [])
+            await closed_loop(send, 1, 5)  # warm
+            alone = await closed_loop(send, 2, 20)  # too few to grow for
+            print(alone.line("one replica, 2 clients"), flush=True)
+            rate = alone.rate / QUERIES_A_REQUEST
+            sent, replicas = await scaling.follow(send, [(0.4 * rate, 60), (1.25 * rate, 120), (0.4 * rate, 120)])
+    scaling.save(Path(__file__).parent, sent, replicas)
+    failed = sum(not one.queries for one in sent)
+    print(f"{len(sent)} requests, {failed} failed; replicas from {min(replicas)[1]} to {max(n for _, n in replicas)}")
 
 
 @contextmanager
@@ -359,7 +277,7 @@ def afternoon(config: Config) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["prepare", "embed", "search", "endpoint"])
+    parser.add_argument("what", choices=["prepare", "embed", "search", "endpoint", "scale"])
     parser.add_argument("--config", default=str(CONFIG))
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=value")
     parser.add_argument("--pairs", type=int, default=5)
@@ -385,6 +303,8 @@ def run(arguments: argparse.Namespace) -> None:
             embed(with_values(config, {"index.precision": precision}), arguments.pairs, arguments.passages)
     elif arguments.what == "search":
         search(config, arguments.pairs, arguments.batch)
+    elif arguments.what == "scale":
+        asyncio.run(scale(config))
     else:
         asyncio.run(endpoint(config, arguments.seconds, arguments.knee))
 

@@ -1,4 +1,4 @@
-"""The whole product on a generated world: train, compare, report, serve, ask; six to seven minutes on two cores."""
+"""The whole product on a generated world: train, compare, report, serve, ask; minutes on two cores."""
 
 from __future__ import annotations
 
