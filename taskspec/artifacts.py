@@ -13,14 +13,14 @@ import json
 import os
 import shutil
 import tempfile
-import uuid
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from taskspec import store
+from taskspec import node_cache, store
 from taskspec.config import canonical_sha256
 from taskspec.errors import ArtifactError, StoreError
 
@@ -28,6 +28,10 @@ MANIFEST = "manifest.json"
 _MARKER = ".publishing"
 """Object that stands in a prefix on S3 while an artifact is written there."""
 FORMAT_VERSION = 1
+WORK = ".publishing-"
+"""Begins the name of a local folder in which an artifact is prepared."""
+ABANDONED_S = 3600.0
+"""A folder that nobody has locked may be one that was made this moment; not after so long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,17 +82,21 @@ def publishing(
 ) -> Iterator[Path]:
     """Gives a local folder to write into; on leaving without an error the folder becomes the artifact at `uri`.
 
-    `facts` is read on leaving, so the writer may fill it. An error inside leaves nothing behind. An artifact that stood
-    at `uri` before is replaced: on a file system once the new one is complete, on S3 it goes when uploading begins.
+    `facts` is read on leaving, so the writer may fill it. An error inside leaves nothing behind, and what a killed
+    process left goes when the next one publishes there. An artifact that stood at `uri` before is replaced: on a file
+    system once the new one is complete, on S3 it goes when uploading begins.
     Raises: StoreError when the disk is full, or when something that is no artifact stands at `uri`.
     """
     _require_replaceable(uri)
-    parent = None if store.is_s3(uri) else Path(uri).absolute().parent
+    parent = Path(tempfile.gettempdir() if store.is_s3(uri) else Path(uri).absolute().parent)
     with store.named(uri, "written"):
-        if parent is not None:
-            parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".publishing-", dir=parent))
+        parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(parent)
+        work = Path(tempfile.mkdtemp(prefix=WORK, dir=parent))
+        lock = os.open(work, os.O_RDONLY)
     try:
+        with suppress(OSError):  # no locks here, on NFS say: then what is left stays
+            fcntl.flock(lock, fcntl.LOCK_EX)  # it ends with the process, however that ends
         try:
             yield work
         except OSError as error:
@@ -120,6 +128,20 @@ def publishing(
                 shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Takes away what killed processes were preparing here."""
+    for work in parent.glob(f"{WORK}*"):
+        with suppress(OSError):  # of a process that lives, or gone meanwhile
+            lock = os.open(work, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.stat(work).st_mtime < time.time() - ABANDONED_S:
+                    shutil.rmtree(work)
+            finally:
+                os.close(lock)
 
 
 def _require_replaceable(uri: str) -> None:
@@ -174,7 +196,7 @@ def read_manifest(uri: str, kind: str) -> Manifest:
 
 
 def open_artifact(uri: str, kind: str, *, verify: bool = False, files: Iterable[str] | None = None) -> Artifact:
-    """Opens an artifact of that kind; files on S3 are fetched once into a cache of this node, keyed by their sha256.
+    """Opens an artifact of that kind; files on S3 are fetched once into the cache of this node.
 
     Args: verify: compare the sha256 of every file, whole or in the cache (a file just fetched always is compared).
         files: only these are needed here; None is all.
@@ -186,7 +208,7 @@ def open_artifact(uri: str, kind: str, *, verify: bool = False, files: Iterable[
     except KeyError as error:
         raise ArtifactError(f"{uri}: {error.args[0]} is not in the manifest; make the {kind} again") from error
     if store.is_s3(uri):
-        return Artifact(uri, manifest, _fetch(uri, manifest, needed, verify))
+        return Artifact(uri, manifest, node_cache.fetch(uri, manifest.id, needed, verify))
     for name, sha256 in needed.items():
         path = Path(uri) / name
         if not path.is_file():
@@ -194,44 +216,3 @@ def open_artifact(uri: str, kind: str, *, verify: bool = False, files: Iterable[
         if verify and store.file_sha256(path) != sha256:
             raise ArtifactError(f"{uri}: {name} is not the file in the manifest (sha256); make the {kind} again")
     return Artifact(uri, manifest, Path(uri))
-
-
-def cache_folder() -> Path:
-    """This node's cache: $TASKSPEC_CACHE, else ~/.cache/taskspec."""
-    return Path(os.environ.get("TASKSPEC_CACHE") or Path.home() / ".cache" / "taskspec")
-
-
-def _fetch(uri: str, manifest: Manifest, files: Mapping[str, str], verify: bool) -> Path:
-    """Puts files of an artifact on S3 into the cache. Returns: a folder in which they have their names."""
-    folder = cache_folder() / "artifacts" / manifest.id
-    for name, sha256 in files.items():
-        content = _cached(store.join(uri, name), sha256, verify, f"{uri}: {name}")
-        named = folder / name
-        if not (named.exists() and named.samefile(content)):
-            named.parent.mkdir(parents=True, exist_ok=True)
-            temporary = named.with_name(f".{named.name}.{uuid.uuid4().hex}")
-            os.link(content, temporary)
-            os.replace(temporary, named)
-    return folder
-
-
-def _cached(uri: str, sha256: str, verify: bool, what: str) -> Path:
-    """The cached content of a file; artifacts that share it, such as two versions of an index, fetch it once.
-
-    A cached file that has been altered is fetched again.
-    """
-    content = cache_folder() / "files" / sha256
-    content.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{content}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several processes of a node want the same file at the same time
-        if content.exists() and not (verify and store.file_sha256(content) != sha256):
-            return content
-        temporary = content.with_name(f".{sha256}.{uuid.uuid4().hex}")
-        try:
-            store.download(uri, temporary)
-            if store.file_sha256(temporary) != sha256:
-                raise ArtifactError(f"{what} is not the file in the manifest (sha256); publish it again")
-            os.replace(temporary, content)
-        finally:
-            temporary.unlink(missing_ok=True)
-    return content

@@ -227,6 +227,12 @@ def fingerprint(uri: str) -> str:
         return f"etag:{etag}:{head['ContentLength']}"
 
 
+def size(uri: str) -> int:
+    """Bytes of a file on S3. Raises: StoreError."""
+    with named(uri, "read"):
+        return int(_s3().head_object(**_place(uri))["ContentLength"])
+
+
 def upload(path: Path, uri: str) -> None:
     """Puts a local file on S3. Raises: StoreError."""
     with named(uri, "written"):

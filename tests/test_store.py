@@ -3,13 +3,21 @@
 import dataclasses
 import errno
 import gzip
+import hashlib
 import io
 import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
+from typing import NamedTuple
 
+import pyarrow as pa
 import pytest
 
-from taskspec import artifacts, store
+from taskspec import artifacts, node_cache, store
 from taskspec.errors import ArtifactError, StoreError
 
 
@@ -168,6 +176,27 @@ def test_an_error_while_writing_leaves_nothing_behind(root):
     assert store.list_files(root) == []
 
 
+def test_what_a_killed_process_left_goes_when_the_next_one_publishes(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    publish(store.join(root, "x"), a="A")
+    parent = tmp_path if store.is_s3(root) else Path(root)
+    script = (
+        "import os, signal, sys; from taskspec import artifacts\n"
+        "with artifacts.publishing(sys.argv[1], 'letters', inputs={}, config={}, facts={}):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", script, store.join(root, "y")], env=environment, check=False)
+    (left,) = parent.glob(".publishing-*")
+    with artifacts.publishing(store.join(root, "z"), "letters", inputs={}, config={}, facts={}) as working:
+        assert left.exists(), "it may be one that was made this moment"
+        for folder in (left, working):
+            os.utime(folder, (0, 0))
+        publish(store.join(root, "x"), a="B")
+        assert not left.exists()
+        assert working.exists(), "whoever prepares it lives"
+
+
 def test_a_full_disk_is_an_error_of_the_uri(root):
     uri = store.join(root, "x")
     with (
@@ -257,6 +286,38 @@ def test_artifacts_on_s3_share_what_they_have_in_common(s3_bucket, monkeypatch):
     first, second = (artifacts.open_artifact(uri, "letters").folder / "a" for uri in uris)
     assert first != second
     assert first.samefile(second)
+
+
+class Disk(NamedTuple):
+    total: int
+    free: int
+
+
+def age(folder, hours):
+    """As if a cached artifact and its contents had been opened so long ago."""
+    then = time.time() - 3600 * hours
+    for path in (folder, *(path for path in folder.rglob("*") if path.is_file())):
+        os.utime(path, (then, then))
+
+
+def test_a_full_disk_makes_the_cache_give_way_longest_unopened_first(s3_bucket, monkeypatch):
+    old, older, recent, new = (store.join(s3_bucket, "evicted", name) for name in ("old", "older", "recent", "new"))
+    folders = {uri: publish(uri, a="12345678", b=uri).folder for uri in (old, older, recent)}
+    age(folders[old], hours=30)
+    age(folders[older], hours=40)
+    content = node_cache.folder() / "files" / hashlib.sha256(older.encode()).hexdigest()
+    mapped = pa.memory_map(str(folders[older] / "sub" / "b"))
+    monkeypatch.setattr(node_cache.shutil, "disk_usage", lambda _: Disk(total=1000, free=110))
+    publish(new, c="some eleven")
+    assert not content.exists()
+    assert not folders[older].exists()
+    assert folders[old].exists(), "that was enough: a tenth of the disk is free"
+    assert mapped.read() == older.encode(), "who has it open can go on"
+    monkeypatch.setattr(node_cache.shutil, "disk_usage", lambda _: Disk(total=1000, free=0))
+    publish(new, d="more")
+    assert not folders[old].exists()
+    assert (folders[recent] / "sub" / "a").read_text() == "12345678", "opened lately: stays, with what others had too"
+    assert publish(old, a="12345678", b=old).folder == folders[old]
 
 
 def test_an_altered_file_in_the_cache_is_fetched_again(s3_bucket):

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from taskspec import artifacts
+from taskspec import artifacts, node_cache
 from taskspec.data.rows import RowStore
 from taskspec.errors import DataError
 
@@ -109,7 +109,7 @@ class PreparedData:
         return self._rows(f"queries/{task}/{split}")
 
     def _rows(self, table: str) -> RowStore:
-        path = artifacts.cache_folder() / "rows" / self.id / f"{table}.arrow"
+        path = node_cache.entry("rows", self.id) / f"{table}.arrow"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(f"{path}.lock", "w") as lock:
