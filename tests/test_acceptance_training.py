@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 import uuid
@@ -10,6 +11,8 @@ from dataclasses import replace
 import pytest
 import safetensors.torch
 import torch
+import yaml
+from job_process import running, until
 
 from jobs.pipeline import run_pipeline
 from taskspec import store
@@ -83,6 +86,54 @@ def test_a_run_with_a_killed_worker_recovers_by_itself_and_ends_with_the_same_bi
         theirs = safetensors.torch.load_file(store.join(done.last_uri, name))
         for key, value in ours.items():
             assert torch.equal(value, theirs[key]), key
+
+
+def test_a_killed_job_goes_on_with_other_workers_and_another_distribution(
+    tiny_config, tiny_prepared: PreparedData, tmp_path
+):
+    """Two workers with slices, the whole job killed after a checkpoint, three workers that hold everything. No dropout:
+    each worker draws its own."""
+    values = {
+        "contrastive.negatives": 0,
+        "model.dropout": 0.0,
+        "specialization.method": "taco",
+        "specialization.min_warmup_steps": 5,
+        "train.steps": 40,
+        "train.checkpoint_every": 10,
+        "train.workers": 2,
+        "train.distribution": "sharded",
+    }
+    config = with_values(tiny_config, values)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    unbroken = TrainJob(config, tiny_prepared.artifact.uri, None, str(tmp_path / "unbroken"))
+    train(unbroken)
+    broken, log = str(tmp_path / "broken"), tmp_path / "log"
+    words = ["--config", str(tmp_path / "config.yaml"), "--prepared", unbroken.prepared, "--out", broken]
+    command = [sys.executable, "-m", "jobs.train", *words, "--set", "cluster.local_cpus=6"]
+
+    def last() -> int:
+        run = read_run(broken)
+        return 0 if run is None else int(run.last_uri.rpartition("-")[2])
+
+    def flat(uri: str) -> torch.Tensor:
+        found = read_run(uri)
+        assert found is not None
+        tensors = safetensors.torch.load_file(store.join(found.last_uri, "model.safetensors"))
+        return torch.cat([tensors[key].flatten() for key in sorted(tensors)])
+
+    with running(command, log) as process:
+        until(lambda: last() >= 10, process, log)
+        os.kill(process.pid, signal.SIGKILL)
+    reached, start = last(), flat(broken)
+    assert reached < 40
+    other = ["--set", "train.workers=3", "--set", "train.distribution=replicated"]
+    with running([*command, *other], log) as process:
+        assert process.wait(300) == 0, log.read_text()
+    assert last() == 40
+    ours, theirs = (flat(run) - start for run in (broken, unbroken.run))
+    error = float((ours - theirs).norm() / theirs.norm())
+    print(f"killed after {reached} of 40 steps; relative difference {error:.1e}")
+    assert error < 1e-2
 
 
 def test_a_run_that_diverges_ends_at_once_with_the_reason(tiny_config, tiny_prepared, tmp_path):
