@@ -70,8 +70,9 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
     missing = [each for each in wanted if not each.path.exists()]
     present = [each for each in wanted if each not in missing]
     sources = _sources(missing, arguments.base_url)
-    for path in {each.path for each in [*present, *sources] if each.path.exists() and each.path.name in checksums}:
-        require_sha256(path, checksums[path.name])
+    for path in {each.path for each in present} | {each.path for each in sources}:
+        if path.exists() and path.name in checksums:
+            require_sha256(path, checksums[path.name])
 
     # All are looked up before the first one comes, so that what cannot end well does not begin.
     remotes = {source: RemoteFile.look_up(source.url, say) for source in sources if not source.path.exists()}

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from jobs import cli
 from taskspec import artifacts, store
@@ -104,7 +105,8 @@ def _file_table(scores: FileScores) -> str:
     return "\n".join(lines)
 
 
-class Source(NamedTuple):
+@dataclass(frozen=True)
+class Source:
     """Where one retriever comes from, and the column that it fills."""
 
     system: str
@@ -162,15 +164,15 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     prepared = PreparedData.open(arguments.prepared or store.join(config.artifacts, "prepared"))
     systems: dict[str, Any] = {} if arguments.no_bm25 else {BM25: Lexical.build(prepared)}
     inputs: dict[str, str] = {}
-    for system, task, checkpoint, index in retrievers:
-        retriever = Retriever.open(checkpoint, index)
-        if task is None:
-            systems[system] = retriever
+    for source in retrievers:
+        retriever = Retriever.open(source.checkpoint, source.index)
+        column = source.system if source.task is None else f"{source.system}:{source.task}"
+        if source.task is None:
+            systems[source.system] = retriever
         else:
-            systems.setdefault(system, {})[task] = retriever
-        column = system if task is None else f"{system}:{task}"
-        inputs[f"checkpoint of {column}"] = artifacts.read_manifest(checkpoint, "checkpoint").id
-        inputs[f"index of {column}"] = artifacts.read_manifest(index, "index").id
+            systems.setdefault(source.system, {})[source.task] = retriever
+        inputs[f"checkpoint of {column}"] = artifacts.read_manifest(source.checkpoint, "checkpoint").id
+        inputs[f"index of {column}"] = artifacts.read_manifest(source.index, "index").id
     uri = arguments.out or store.join(config.artifacts, "evaluation")
     table = publish_evaluation(uri, systems, prepared, config, inputs=inputs)
     if not arguments.json:

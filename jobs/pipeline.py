@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jobs import cli
@@ -32,7 +33,8 @@ class Inputs(NamedTuple):
         return [*ids, artifacts.read_manifest(self.negatives, "negatives").id] if self.negatives else ids
 
 
-class Trained(NamedTuple):
+@dataclass(frozen=True)
+class Trained:
     """One run and the index of its best checkpoint."""
 
     run: str
@@ -62,7 +64,7 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
     system = config.specialization.method if config.train.steps else "untrained"
     result = run_pipeline(config, {system: config})
     print(f"\n{result.table.to_text()}\n", flush=True)
-    return {"uri": result.evaluation, **result.trained[system]._asdict()}
+    return {"uri": result.evaluation, **asdict(result.trained[system])}
 
 
 def run_pipeline(config: Config, systems: Mapping[str, Config]) -> Result:

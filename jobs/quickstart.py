@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +92,7 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
     stage("pages found for the dev queries (* above: a gold page came first)")
     print(f"\n{result.table.to_text()}\n\nreport:      {report}")
     print(f"serve again: {_command('serve')} run {settings}", flush=True)
-    return {"uri": str(report), "evaluation": result.evaluation, **served._asdict()}
+    return {"uri": str(report), "evaluation": result.evaluation, **asdict(served)}
 
 
 def write_serve_config(config: Config, checkpoint: str, index: str) -> Path:

@@ -248,7 +248,7 @@ def _label(trial: Planned) -> str:
 def _progress(trials: Sequence[Planned]) -> Any:
     from ray import tune
 
-    class Progress(tune.Callback):
+    class Progress(tune.Callback):  # type: ignore[misc]
         """One line when a trial starts and one when it is finished."""
 
         def __init__(self) -> None:

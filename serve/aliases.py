@@ -66,7 +66,7 @@ class Follower:
 class Aliases:
     """The state of the alias that is served."""
 
-    async def __init__(self, args: ServeArgs, served: Served) -> None:
+    async def __init__(self, args: ServeArgs, served: Served) -> None:  # type: ignore[misc]
         self._file = AliasFile(args.aliases, args.alias) if args.aliases else None
         self._alias = args.alias
         self._table = Table(0, served)

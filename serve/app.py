@@ -75,7 +75,7 @@ answer_errors(app)
 app.add_middleware(GuardMiddleware)
 
 
-class Refusal(click.ClickException, RayServeException):
+class Refusal(click.ClickException, RayServeException):  # type: ignore[misc]
     """Why the server does not start: `serve run` prints it as one line and exits 1 (a ClickException), a deployment
     by configuration file shows it as the application's message (a RayServeException)."""
 
@@ -106,10 +106,10 @@ def build(args: dict[str, Any]) -> Application:
 def _bind(args: ServeArgs, served: Served) -> Application:
     count = args.shard_deployments or len(served.index.shards)
     shards = [
-        Shard.options(name=f"Shard{number}", ray_actor_options={"num_cpus": args.shard_cpus}).bind(args, number, count)
+        Shard.options(name=f"Shard{number}", ray_actor_options={"num_cpus": args.shard_cpus}).bind(args, number, count)  # type: ignore[attr-defined]
         for number in range(count)
     ]
-    return Api.bind(args, Aliases.bind(args, served), Encoder.bind(args, shards), count)
+    return Api.bind(args, Aliases.bind(args, served), Encoder.bind(args, shards), count)  # type: ignore[attr-defined]
 
 
 def _kilt_lines(request: RetrieveRequest, found: Sequence[Sequence[Hit]], headers: dict[str, str]) -> Response:
@@ -137,7 +137,7 @@ def _kilt_lines(request: RetrieveRequest, found: Sequence[Sequence[Hit]], header
 class Api:
     """The routes."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]
         self, args: ServeArgs, aliases: DeploymentHandle, encoder: DeploymentHandle, shard_deployments: int
     ) -> None:
         self._args, self._aliases, self._encoder = args, aliases, encoder

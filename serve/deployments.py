@@ -166,7 +166,7 @@ def open_model(version: Version) -> OpenModel:
 class Encoder:
     """Embeds queries, asks the shards, and makes hits of what they find."""
 
-    async def __init__(self, args: ServeArgs, shards: list[DeploymentHandle]) -> None:
+    async def __init__(self, args: ServeArgs, shards: list[DeploymentHandle]) -> None:  # type: ignore[misc]
         torch.set_num_threads(args.threads or os.cpu_count() or 1)
         self._lines = [
             ShardLine(number, handle.run.remote, handle.ping.remote, args.shard_timeout_ms / 1000)
@@ -309,7 +309,7 @@ class Encoder:
 class Shard:
     """The shards of an index with this deployment's number, plus any multiple of the number of deployments."""
 
-    async def __init__(self, args: ServeArgs, number: int, of: int) -> None:
+    async def __init__(self, args: ServeArgs, number: int, of: int) -> None:  # type: ignore[misc]
         # FAISS keeps its number of threads by calling thread.
         threads = args.shard_threads or os.cpu_count() or 1
         self._searching = ThreadPoolExecutor(SEARCH_THREADS, "search", faiss.omp_set_num_threads, (threads,))

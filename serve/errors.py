@@ -11,6 +11,7 @@ from typing import Any, cast
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.exceptions import HTTPException
@@ -26,7 +27,7 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 405, 409, 413, 422, 429, 500, 503, 504)
 }
 """What `/docs` says of errors."""
-BODIES = {
+BODIES: dict[str, type[BaseModel]] = {
     "/retrieve": RetrieveRequest,
     "/embed": EmbedRequest,
     "/v1/embeddings": OpenAIRequest,

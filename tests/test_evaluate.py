@@ -538,5 +538,5 @@ def test_a_checkpoint_and_its_index_are_evaluated_beside_bm25(prepared, tmp_path
 
 
 def test_systems_name_a_column_and_perhaps_its_task():
-    assert job.parse_source("taco=s3://b/c,s3://b/i") == ("taco", None, "s3://b/c", "s3://b/i")
-    assert job.parse_source("single:nq=c,i") == ("single", "nq", "c", "i")
+    assert job.parse_source("taco=s3://b/c,s3://b/i") == job.Source("taco", None, "s3://b/c", "s3://b/i")
+    assert job.parse_source("single:nq=c,i") == job.Source("single", "nq", "c", "i")
