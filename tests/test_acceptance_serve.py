@@ -35,6 +35,13 @@ def head() -> Iterator[Head]:
 
 
 @pytest.fixture(scope="module")
+def url(head: Head) -> str:
+    """Where the application answers: Serve keeps its first port."""
+    (port,) = free_ports(1)
+    return f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served")
     for seed, name in enumerate("ab"):
@@ -43,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def deploy(head: Head, folder: Path, port: int, replicas: int) -> None:
+def deploy(head: Head, folder: Path, url: str, replicas: int) -> None:
     """As a person does who has the token: `serve deploy`."""
     key = {"name": "ops", "sha256": hashlib.sha256(KEY["x-api-key"].encode()).hexdigest(), "scopes": ["read", "admin"]}
     args = {
@@ -57,7 +64,7 @@ def deploy(head: Head, folder: Path, port: int, replicas: int) -> None:
     }
     deployments = [{"name": name, "num_replicas": replicas} for name in ("Api", "Encoder", "Shard0", "Shard1")]
     application = {"name": APPLICATION, "import_path": "serve.app:build", "args": args, "deployments": deployments}
-    config = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}
+    config = {"http_options": {"host": "127.0.0.1", "port": int(url.rpartition(":")[2])}, "applications": [application]}
     path = folder / "serve.yaml"
     path.write_text(yaml.safe_dump(config))
     command = [COMMANDS / "serve", "deploy", str(path), "--address", head.url]
@@ -117,9 +124,9 @@ class LoadOfClients:
         assert not self.errors
 
 
-def test_no_request_is_lost_while_replicas_die_a_version_flips_and_the_app_scales(head: Head, folder: Path) -> None:
-    (port,) = free_ports(1)
-    url = f"http://127.0.0.1:{port}"
+def test_no_request_is_lost_while_replicas_die_a_version_flips_and_the_app_scales(
+    head: Head, folder: Path, url: str
+) -> None:
     a, b = (open_version(str(folder / name), str(folder / f"index-{name}")).version.id for name in "ab")
 
     def ready() -> bool:
@@ -131,7 +138,7 @@ def test_no_request_is_lost_while_replicas_die_a_version_flips_and_the_app_scale
     def count(name: str, wanted: int) -> None:
         until(lambda: len(replicas(name)) == wanted, f"{wanted} replicas of {name}, there are {len(replicas(name))}")
 
-    deploy(head, folder, port, replicas=2)
+    deploy(head, folder, url, replicas=2)
     until(ready, "the endpoint answers")
     for name in ("Api", "Encoder", "Shard0", "Shard1"):
         count(name, 2)
@@ -151,11 +158,11 @@ def test_no_request_is_lost_while_replicas_die_a_version_flips_and_the_app_scale
 
         until(flipped, "the flip")
         load.go_on()
-        deploy(head, folder, port, replicas=1)
+        deploy(head, folder, url, replicas=1)
         for name in ("Encoder", "Shard0", "Api"):
             count(name, 1)
         load.go_on()
-        deploy(head, folder, port, replicas=2)
+        deploy(head, folder, url, replicas=2)
         for name in ("Encoder", "Shard0", "Api"):
             count(name, 2)
         load.go_on()
@@ -172,12 +179,9 @@ def test_no_request_is_lost_while_replicas_die_a_version_flips_and_the_app_scale
 
 
 def test_while_the_only_replica_of_a_shard_is_gone_the_rest_answers_and_then_all_of_it(
-    head: Head, folder: Path
+    head: Head, folder: Path, url: str
 ) -> None:
-    """Runs after the other test: the application stands, with one replica of each."""
-    (port,) = free_ports(1)
-    url = f"http://127.0.0.1:{port}"
-    deploy(head, folder, port, replicas=1)
+    deploy(head, folder, url, replicas=1)
 
     def ask(**fields: Any) -> httpx.Response:
         body = {"query": f"who {time.monotonic()}", "task": "nq", "level": "passage", "top_k": 12, **fields}
