@@ -85,6 +85,11 @@ def until(condition: Any, what: str, wait_s: float = 180) -> None:
         time.sleep(0.5)
 
 
+def count(name: str, wanted: int) -> None:
+    """Waits until a deployment has so many replicas."""
+    until(lambda: len(replicas(name)) == wanted, f"{wanted} replicas of {name}, there are {len(replicas(name))}")
+
+
 class LoadOfClients:
     """Clients that honour the protocol, each asking one query after the other."""
 
@@ -134,9 +139,6 @@ def test_no_request_is_lost_while_replicas_die_a_version_flips_and_the_app_scale
             return httpx.get(f"{url}/ready", timeout=10).status_code == 200
         except httpx.TransportError:
             return False
-
-    def count(name: str, wanted: int) -> None:
-        until(lambda: len(replicas(name)) == wanted, f"{wanted} replicas of {name}, there are {len(replicas(name))}")
 
     deploy(head, folder, url, replicas=2)
     until(ready, "the endpoint answers")
@@ -195,6 +197,7 @@ def test_while_the_only_replica_of_a_shard_is_gone_the_rest_answers_and_then_all
         return answer.status_code == 200 and len(answer.json()["data"][0]["hits"]) == 12
 
     until(whole, "the endpoint answers")
+    count("Shard1", 1)
     (pid,) = replicas("Shard1")
     os.kill(pid, signal.SIGKILL)
     seen = Counter()
