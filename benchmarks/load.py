@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import resource
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -94,25 +94,22 @@ def _cpu() -> float:
 def requests(
     session: aiohttp.ClientSession,
     url: str,
-    asked: Sequence[tuple[str, str]],
+    asked: Mapping[str, Sequence[str]],
     size: int,
     batches: list[int] | None = None,
 ) -> Send:
     """Requests of `size` queries of one task, tasks in turn.
 
-    Args: asked: (task, text). batches: takes, for each answer, how many queries were embedded together with its last;
+    Args: asked: task → texts. batches: takes, for each answer, how many queries were embedded together with its last;
         without it no answer has to say, and passages are not asked for by name.
     """
-    by_task: dict[str, list[str]] = {}
-    for task, text in asked:
-        by_task.setdefault(task, []).append(text)
-    tasks = list(by_task)
+    tasks = list(asked)
     numbers = count()
 
     async def send() -> int:
         number = next(numbers)
         task = tasks[number % len(tasks)]
-        texts = [by_task[task][(number * size + n) % len(by_task[task])] for n in range(size)]
+        texts = [asked[task][(number * size + n) % len(asked[task])] for n in range(size)]
         body: dict[str, Any] = {"query": texts if size > 1 else texts[0], "task": task, "top_k": TOP_K}
         if batches is not None:
             body["level"] = LEVEL

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from load import Sent, open_loop
+from load import Send, Sent, open_loop
 from ray import serve
 
 from taskspec.evaluate import page
@@ -37,7 +37,7 @@ Replicas = list[tuple[float, int]]
 """Seconds from the beginning → running replicas."""
 
 
-async def follow(send: Any, phases: Sequence[tuple[float, float]]) -> tuple[list[Sent], Replicas]:
+async def follow(send: Send, phases: Sequence[tuple[float, float]]) -> tuple[list[Sent], Replicas]:
     """Asks at one constant rate after the other.
 
     Args: phases: (requests a second, seconds) each.    Returns: all requests, and the replicas once a second.
@@ -65,7 +65,7 @@ async def follow(send: Any, phases: Sequence[tuple[float, float]]) -> tuple[list
     return sent, replicas
 
 
-async def _later(at: float, send: Any, rate: float, seconds: float, offset: float) -> list[Sent]:
+async def _later(at: float, send: Send, rate: float, seconds: float, offset: float) -> list[Sent]:
     await asyncio.sleep(max(0.0, at - time.monotonic()))
     load = await open_loop(send, rate, seconds)
     return [Sent(one.at + offset, one.latency, one.queries) for one in load.sent]

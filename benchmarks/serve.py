@@ -133,7 +133,7 @@ def search(config: Config, pairs: int, batch: int) -> None:
     at = places(config)
     shards, one = own_shards(config), one_index(config)
     retriever = Retriever.open(at["checkpoint"], at["index"])
-    queries_BD, _ = retriever.embed("nq", [text for _, text in questions(config)][:batch])
+    queries_BD, _ = retriever.embed("nq", questions(config)["nq"][:batch])
     ours, plain = [], []
     for _ in range(pairs):
         started = time.perf_counter()
@@ -147,27 +147,21 @@ def search(config: Config, pairs: int, batch: int) -> None:
     ratio("exact search", ours, plain)
 
 
-def questions(config: Config) -> list[tuple[str, str]]:
-    """(task, text) of all dev queries, tasks in turn, none twice."""
+def questions(config: Config) -> dict[str, list[str]]:
+    """Task → its dev queries, none twice."""
     prepared = PreparedData.open(places(config)["prepared"])
-    texts = {task: prepared.queries(task, "dev") for task in prepared.tasks("dev")}
-    lists = {task: rows.take(range(len(rows)), ["text"])["text"] for task, rows in texts.items()}
-    longest = max(map(len, lists.values()))
-    turns = [(task, own[n]) for n in range(longest) for task, own in lists.items() if n < len(own)]
-    return list(dict.fromkeys(turns))
+    rows = {task: prepared.queries(task, "dev") for task in prepared.tasks("dev")}
+    return {task: list(dict.fromkeys(own.take(range(len(own)), ["text"])["text"])) for task, own in rows.items()}
 
 
-def floor(config: Config, asked: Sequence[tuple[str, str]], batch: int, seconds: float) -> float:
+def floor(config: Config, asked: Mapping[str, Sequence[str]], batch: int, seconds: float) -> float:
     """Queries a second of the encoder's forward pass and one FAISS search in this process, a batch of one task at a
     time; no texts or exact scores are made of what is found."""
     at = places(config)
     retriever, one = Retriever.open(at["checkpoint"], at["index"]), one_index(config)
-    by_task: dict[str, list[str]] = {}
-    for task, text in asked:
-        by_task.setdefault(task, []).append(text)
     batches = [
         (task, texts[start : start + batch])
-        for task, texts in by_task.items()
+        for task, texts in asked.items()
         for start in range(0, len(texts) - batch + 1, batch)
     ]
     done, began = 0, time.monotonic()

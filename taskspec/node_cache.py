@@ -89,6 +89,8 @@ def make_room(size: int) -> None:
     """
     disk = shutil.disk_usage(folder())
     wanted = size + FREE_SHARE * disk.total - disk.free
+    if wanted <= 0:
+        return
     entries = [one for area in AREAS if (folder() / area).exists() for one in (folder() / area).iterdir()]
     for place in sorted(entries, key=_opened):
         if wanted <= 0 or not _is_old(place):
@@ -98,7 +100,9 @@ def make_room(size: int) -> None:
 
 def _remove(place: Path) -> int:
     """Takes an entry away, and contents that no other has.    Returns: the bytes that are free by that."""
-    freed = sum(one.stat().st_size for one in place.rglob("*") if one.is_file() and one.stat().st_nlink == 1)
+    freed = 0
+    with suppress(FileNotFoundError):  # another process takes it away too
+        freed = sum(one.stat().st_size for one in place.rglob("*") if one.is_file() and one.stat().st_nlink == 1)
     shutil.rmtree(place, ignore_errors=True)
     for content in (folder() / "files").iterdir():
         if content.suffix != ".lock" and _is_old(content):

@@ -115,6 +115,7 @@ class PreparedData:
             with open(f"{path}.lock", "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not path.exists():  # another process was faster
+                    node_cache.make_room(sum(file.stat().st_size for file in (self.artifact.folder / table).iterdir()))
                     _convert(self.artifact.folder / table, path)
         return RowStore(path)
 
