@@ -221,7 +221,8 @@ class Index(Section):
     recall_at: int = Field(10, ge=1)
     """How many best passages that is measured on."""
     recall_queries: int = Field(200, ge=1)
-    """Dev queries per task that it is measured with."""
+    """Dev queries per task that it is measured with; where searches can try harder, half of them choose how hard and
+    the others measure."""
     shards: int = Field(1, ge=1)
     actors: int = Field(1, ge=1)
     """Embedding processes."""

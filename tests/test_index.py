@@ -280,8 +280,8 @@ def test_the_recall_in_the_manifest_is_what_an_outsider_measures(
     monkeypatch.setattr(build, "_embedded", None)
     manifest = build.build_index(config, str(folder / "checkpoint"), str(folder / "prepared"), out)
     recall = manifest.recall.tasks["nq"]
-    assert (manifest.kind, manifest.factory, recall.queries) == ("pq", "PQ2x4fs,Refine(SQ8)", 25)
-    assert recall.value >= 0.9
+    assert (manifest.kind, manifest.factory, recall.queries) == ("pq", "PQ2x4fs,Refine(SQ8)", 12)
+    assert recall.chosen_at >= 0.9
 
     retriever = Retriever.open(str(folder / "checkpoint"), out)
     texts = passage_texts()[60:160]

@@ -112,6 +112,16 @@ def test_a_shard_of_other_vectors_than_it_should_hold_is_refused(
         require_own_rows(shard, spoil(vectors), "somewhere")
 
 
+def test_a_shard_that_has_a_row_twice_and_another_not_is_refused(vectors: np.ndarray) -> None:
+    shard = make_shard("ivf", vectors, row_start=500)
+    numbers = np.arange(ROWS)
+    numbers[7] = 8
+    shard.index.reset()
+    shard.index.add_with_ids(vectors, numbers)
+    with pytest.raises(ArtifactError, match="somewhere: a ivf shard has no row 507, and another one twice"):
+        require_own_rows(shard, vectors, "somewhere")
+
+
 def test_a_shard_of_another_kind_is_refused(vectors: np.ndarray, tmp_path: Path) -> None:
     make_shard("hnsw", vectors[:100], 0).save(tmp_path / "shard")
     with pytest.raises(ArtifactError, match="holds IndexHNSWSQ but needs IndexScalarQuantizer of inner products"):
@@ -161,9 +171,31 @@ def test_each_task_gets_the_least_effort_that_reaches_the_wanted_recall() -> Non
     assert [effort for task, effort in asked if task == 1] == [1, 2, 4]
 
 
+def test_recall_is_told_by_other_queries_than_those_that_chose_the_effort() -> None:
+    """Queries 0, 2 and 4 find all from nprobe 2 on; 1 and 3 half of it, and nothing less."""
+
+    def search(queries_BD: np.ndarray, top_k: int, effort: int | None) -> Results:
+        assert effort is not None
+        missing = np.array([[-1, -1], [-1, -1]])
+        found = [np.array([[1, 2], [1, 9]]), missing][effort < 2][queries_BD[:, 0].astype(int) % 2]
+        return Results(np.zeros(found.shape, np.float32), found)
+
+    queries = {"nq": np.arange(5, dtype=np.float32)[:, None]}
+    exact = {"nq": np.tile([1, 2], (5, 1))}
+    found = measure("ivf", search, queries, exact, at=2, wanted=0.9)
+    one = found.tasks["nq"]
+    assert (one.effort, one.chosen_at, one.value, one.queries) == (2, 1.0, 0.5, 2)
+    assert (one.low, one.high) == interval(0.5, 2)
+    assert not found.missed
+    # without a choice every query tells
+    whole = measure("sq8", lambda queries_BD, top_k, _: search(queries_BD, top_k, 2), queries, exact, at=2, wanted=0.9)
+    assert (whole.tasks["nq"].value, whole.tasks["nq"].queries) == (pytest.approx(0.8), 5)
+    assert list(whole.missed) == ["nq"]
+
+
 def test_a_task_without_dev_queries_tries_as_hard_as_the_hardest() -> None:
     def recall(effort: int | None) -> Recall:
-        return Recall(queries=5, value=1.0, low=0.8, high=1.0, effort=effort)
+        return Recall(effort=effort, chosen_at=1.0, queries=5, value=1.0, low=0.8, high=1.0)
 
     found = MeasuredRecall(at=10, wanted=0.9, tasks={"nq": recall(4), "fever": recall(16)})
     assert [found.effort(task) for task in ("nq", "fever", "wow")] == [4, 16, 16]

@@ -168,7 +168,7 @@ def _standing_index(out: str, source: Source, plan: Sequence[PlannedShard]) -> I
     except ArtifactError:
         return None
     index = source.config.index
-    if manifest.lexical != index.lexical or any(one.value < index.recall for one in manifest.recall.tasks.values()):
+    if manifest.lexical != index.lexical or any(one.chosen_at < index.recall for one in manifest.recall.tasks.values()):
         return None
     wanted = [shard.key(source) for shard in plan]
     stands = [
@@ -318,11 +318,11 @@ def measure_recall(source: Source, plan: Sequence[PlannedShard]) -> MeasuredReca
             flush=True,
         )
     if found.missed:
-        task, worst = min(found.missed.items(), key=lambda item: item[1].value)
+        task, worst = min(found.missed.items(), key=lambda item: item[1].chosen_at)
         raise RecallError(
-            f"a {index.kind} index finds {worst.value:.3f} of the exact best {index.recall_at} of task {task}, "
+            f"a {index.kind} index finds {worst.chosen_at:.3f} of the exact best {index.recall_at} of task {task}, "
             f"index.recall asks for {index.recall}; take another index.kind, or lower index.recall to "
-            f"{math.floor(1000 * worst.value) / 1000} at most: the finished shards are kept"
+            f"{math.floor(1000 * worst.chosen_at) / 1000} at most: the finished shards are kept"
         )
     return found
 

@@ -5,6 +5,7 @@ Path: embed, shard → [here] → build.  B embeddings that are looked at, N pas
 
 from __future__ import annotations
 
+import faiss
 import numpy as np
 
 from taskspec.errors import ArtifactError
@@ -28,7 +29,7 @@ def require_finite(rows_N: np.ndarray, embedding_ND: np.ndarray, checkpoint: str
 
 
 def require_own_rows(shard: Shard, embeddings_ND: np.ndarray, uri: str) -> None:
-    """Checks that a sample of the shard's embeddings lie in their rows and are found.
+    """Checks that the shard has each row once, and that a sample of its embeddings lie in their rows and are found.
 
     Nothing a search finds for an embedding may score less than the row that holds it: rank 1, where embeddings have
     length 1 and no equals.    Raises: ArtifactError naming a row.
@@ -36,6 +37,11 @@ def require_own_rows(shard: Shard, embeddings_ND: np.ndarray, uri: str) -> None:
     if shard.rows != len(embeddings_ND):
         raise ArtifactError(
             f"{uri}: a {shard.kind} shard has {shard.rows} rows for {len(embeddings_ND)} passages; build it again"
+        )
+    lost = np.setdiff1d(np.arange(shard.rows), _numbers(shard))
+    if len(lost):
+        raise ArtifactError(
+            f"{uri}: a {shard.kind} shard has no row {shard.row_start + lost[0]}, and another one twice; build it again"
         )
     sample = np.unique(np.linspace(0, shard.rows - 1, CHECKED_ROWS).astype(np.int64))
     sample_BD = embeddings_ND[sample]
@@ -51,3 +57,14 @@ def require_own_rows(shard: Shard, embeddings_ND: np.ndarray, uri: str) -> None:
             f"{uri}: a {shard.kind} shard does not find its own row {row}; build the index again, with another "
             f"index.kind if it stays so"
         )
+
+
+def _numbers(shard: Shard) -> np.ndarray:
+    """The numbers (N,) that the shard's vectors have: kept with them in lists, else their places."""
+    if shard.kind != "ivf":
+        return np.arange(shard.rows)
+    lists = shard.index.invlists
+    sizes = [lists.list_size(number) for number in range(shard.index.nlist)]
+    return np.concatenate(
+        [faiss.rev_swig_ptr(lists.get_ids(number), size) for number, size in enumerate(sizes) if size]
+    )
