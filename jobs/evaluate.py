@@ -111,7 +111,7 @@ class Source:
 
     system: str
     task: str | None
-    """The only task that it answers; None answers all."""
+    """The only task that it answers; None answers all that it was trained on."""
     checkpoint: str
     index: str
 
@@ -167,10 +167,8 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     for source in retrievers:
         retriever = Retriever.open(source.checkpoint, source.index)
         column = source.system if source.task is None else f"{source.system}:{source.task}"
-        if source.task is None:
-            systems[source.system] = retriever
-        else:
-            systems.setdefault(source.system, {})[source.task] = retriever
+        answers = [task.name for task in retriever.contract.tasks] if source.task is None else [source.task]
+        systems.setdefault(source.system, {}).update(dict.fromkeys(answers, retriever))
         inputs[f"checkpoint of {column}"] = artifacts.read_manifest(source.checkpoint, "checkpoint").id
         inputs[f"index of {column}"] = artifacts.read_manifest(source.index, "index").id
     uri = arguments.out or store.join(config.artifacts, "evaluation")

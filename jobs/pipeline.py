@@ -142,11 +142,11 @@ def train_and_index(config: Config, inputs: Inputs) -> Trained:
 
 def train_run(config: Config, inputs: Inputs) -> Run:
     """Trains, or finds trained, the run of a configuration in `<artifacts>/runs`."""
-    from taskspec.train.checkpoint import encoder_id, training_identity
+    from taskspec.train.checkpoint import encoder_id, run_identity
     from taskspec.train.launch import train
     from taskspec.train.worker import TrainJob
 
-    key = canonical_sha256([training_identity(config), encoder_id(config), inputs.ids()])[:8]
+    key = canonical_sha256([run_identity(config), encoder_id(config), inputs.ids()])[:8]
     method = config.specialization.method if config.train.steps else "untrained"
     name = "-".join([method, *(config.train.tasks or ()), key])
     return train(TrainJob(config, inputs.prepared, inputs.negatives, store.join(config.artifacts, "runs", name)))

@@ -13,7 +13,7 @@ import argparse
 import fcntl
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -73,8 +73,8 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cpus = at_once * max(needed_cpus(candidate.config) for candidate in candidates)
     cluster.require(f"{at_once} trial(s) at a time", cpus=cpus, wait_s=config.cluster.wait_s)
     with _alone(store.join(config.artifacts, "sweep")):
-        comparison = sweep(config, arms, candidates)
-        report = _write_report(config, Path(arguments.arms).stem, arms, comparison)
+        comparison, failed = sweep(config, arms, candidates)
+        report = _write_report(config, Path(arguments.arms).stem, arms, comparison, failed)
     print(f"\n{comparison_text(comparison)}\n", flush=True)
     recommended = {}
     for name in arms.arms:
@@ -86,6 +86,8 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
             recommended[name] = found.value
         elif comparison.curve_to_ship(name, STRENGTH):
             print(f"{name}: no strength is recommended: its rows and {arms.baseline} share fewer than 2 seeds")
+    if failed:
+        raise TrainingError(f"{_failures(failed)}; the table above and {report} are of the others")
     rows = [_row(comparison, row) for row in comparison.rows]
     return {"uri": report, "rows": rows, "recommended": recommended}
 
@@ -119,23 +121,69 @@ def _row(comparison: Comparison, row: Row) -> dict[str, Any]:
     return result
 
 
-def sweep(config: Config, arms: Arms, candidates: Sequence[Candidate]) -> Comparison:
+def sweep(config: Config, arms: Arms, candidates: Sequence[Candidate]) -> tuple[Comparison, dict[str, str]]:
     """Makes the trials that are missing. Ray must be connected.
 
-    Raises: TrainingError naming the trials that failed, once all others are finished.
+    Returns: the comparison of all trials that stand now; of the others their labels, and why they failed.
+    Raises: ConfigError for an arm that dev queries are missing for, before anything is trained; TrainingError if the
+        baseline has none, once all others are finished.
     """
+    from taskspec.data.prepared import PreparedData
     from taskspec.evaluate.comparison import Comparison
 
     wants_negatives = [c.config for c in candidates if c.config.contrastive.negatives]
     inputs = make_inputs(wants_negatives[0] if wants_negatives else config)
+    require_dev_queries(candidates, PreparedData.open(inputs.prepared).tasks("dev"))
     plan = planned_trials(config, candidates, inputs)
     folder = store.join(config.artifacts, "sweep", "trials")
     missing = {trial.key: trial for trial in plan if not store.exists(_file(folder, trial.key))}
     total = len({trial.key for trial in plan})
     print(f"sweep: {total} trials in {folder}, {total - len(missing)} stand already", flush=True)
-    if missing:
-        _run_trials(config, list(missing.values()), inputs, folder)
-    return Comparison.of([_named(_read(folder, trial.key), trial) for trial in plan], arms.baseline)
+    reasons = _run_trials(config, list(missing.values()), inputs, folder) if missing else {}
+    failed = {_label(trial): reasons[trial.key] for trial in plan if trial.key in reasons}
+    standing = comparable(plan, reasons)
+    if not any(trial.candidate.row == arms.baseline for trial in standing):
+        raise TrainingError(_failures(failed))
+    return Comparison.of([_named(_read(folder, trial.key), trial) for trial in standing], arms.baseline), failed
+
+
+def require_dev_queries(candidates: Sequence[Candidate], dev_tasks: Sequence[str]) -> None:
+    """Raises: ConfigError naming the arm and the tasks, if it cannot be measured by the tasks that have dev queries."""
+    for candidate in candidates:
+        measured = {task.name for task in candidate.config.trained_tasks}
+        without = [task for task in candidate.plan.held_out if task not in dev_tasks]
+        if not measured & set(dev_tasks):
+            without = sorted(measured)
+        if without:
+            raise ConfigError(
+                f"arm {candidate.row}: no dev queries of {', '.join(without)} to measure it with; name files under "
+                f"tasks.<name>.dev"
+            )
+
+
+def comparable(plan: Sequence[Planned], failed: Collection[str]) -> list[Planned]:
+    """The trials that stand, without those of a candidate that failed with some seed where its row has others that did
+    not: what fails now and then is not chosen.
+
+    Args: failed: keys.
+    """
+    candidates = {(trial.candidate.row, trial.candidate.label) for trial in plan}
+    broken = {(trial.candidate.row, trial.candidate.label) for trial in plan if trial.key in failed}
+    whole_rows = {row for row, _ in candidates - broken}
+    return [
+        trial
+        for trial in plan
+        if trial.key not in failed
+        and not (trial.candidate.row in whole_rows and (trial.candidate.row, trial.candidate.label) in broken)
+    ]
+
+
+def _failures(failed: Mapping[str, str]) -> str:
+    reasons = "; ".join(f"{label}: {reason}" for label, reason in failed.items())
+    return (
+        f"{len(failed)} trial(s) failed, the others are kept: {reasons}; run the same command again to try what is "
+        f"missing, or leave out of the arms what fails again"
+    )
 
 
 def planned_trials(config: Config, candidates: Sequence[Candidate], inputs: Inputs) -> list[Planned]:
@@ -150,8 +198,8 @@ def planned_trials(config: Config, candidates: Sequence[Candidate], inputs: Inpu
     ]
 
 
-def _run_trials(config: Config, trials: Sequence[Planned], inputs: Inputs, folder: str) -> None:
-    """Raises: TrainingError naming the trials that failed; KeyboardInterrupt if Tune was interrupted."""
+def _run_trials(config: Config, trials: Sequence[Planned], inputs: Inputs, folder: str) -> dict[str, str]:
+    """Returns: key → reason of the trials that failed. Raises: KeyboardInterrupt if Tune was interrupted."""
     import os
     import tempfile
 
@@ -160,7 +208,7 @@ def _run_trials(config: Config, trials: Sequence[Planned], inputs: Inputs, folde
 
     run_one = partial(_trial, trials=trials, inputs=inputs, folder=folder)
     progress = _progress(trials)
-    failed = []
+    failed: dict[str, str] = {}
     for wave in waves(trials):
         with tempfile.TemporaryDirectory() as scratch:
             tuner = tune.Tuner(
@@ -171,26 +219,22 @@ def _run_trials(config: Config, trials: Sequence[Planned], inputs: Inputs, folde
             )
             results = tuner.fit()
         errors = {one.config["number"]: one.error for one in results if one.error}
-        failed += [f"{_label(trials[number])}: {_last_line(error)}" for number, error in errors.items()]
+        failed |= {trials[number].key: _last_line(error) for number, error in errors.items()}
         if not all(number in errors or store.exists(_file(folder, trials[number].key)) for number in wave):
             raise KeyboardInterrupt  # Tune takes Ctrl-C for itself and returns as if it had finished
-    if failed:
-        raise TrainingError(
-            f"{len(failed)} of {len(trials)} trials failed, the others are kept: {'; '.join(failed)}; "
-            f"run the same command again to make what is missing"
-        )
+    return failed
 
 
 def waves(trials: Sequence[Planned]) -> list[list[int]]:
     """The numbers of trials that may be made at the same time: those that need the same training run, because they
     differ in what is measured, go one after the other, and the later ones find it trained."""
-    from taskspec.train.checkpoint import training_identity
+    from taskspec.train.checkpoint import run_identity
 
     result: list[list[int]] = []
     taken: list[set[str]] = []
     for number, trial in enumerate(trials):
         runs = {} if trial.seed is None else trial.candidate.runs(trial.seed)
-        ids = {canonical_sha256(training_identity(run)) for run in runs.values()}
+        ids = {canonical_sha256(run_identity(run)) for run in runs.values()}
         wave = next((wave for wave, others in enumerate(taken) if not ids & others), len(taken))
         if wave == len(taken):
             result.append([])
@@ -276,7 +320,7 @@ def _progress(trials: Sequence[Planned]) -> Any:
     return Progress()
 
 
-def _write_report(config: Config, name: str, arms: Arms, comparison: Comparison) -> str:
+def _write_report(config: Config, name: str, arms: Arms, comparison: Comparison, failed: Mapping[str, str]) -> str:
     """The report's folder, `<artifacts>/sweep/reports/<name of the arms file>`. Returns: URI of the page."""
     import tempfile
 
@@ -291,6 +335,8 @@ def _write_report(config: Config, name: str, arms: Arms, comparison: Comparison)
         "Trials made by": ", ".join(sorted({one.code for row in comparison.rows for one in row.used_trials()})),
         "Artifacts": config.artifacts,
     }
+    if failed:
+        facts["Failed trials"] = "; ".join(f"{label}: {reason}" for label, reason in failed.items())
     with tempfile.TemporaryDirectory() as scratch:
         page = write_comparison(
             Path(scratch),

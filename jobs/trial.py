@@ -16,7 +16,7 @@ from taskspec.arms import Candidate
 from taskspec.config import Config, canonical_sha256
 from taskspec.evaluate.run import evaluate
 from taskspec.evaluate.trials import Cost, Trial
-from taskspec.train.checkpoint import encoder_id, open_encoder, training_identity
+from taskspec.train.checkpoint import encoder_id, open_encoder, run_identity
 
 if TYPE_CHECKING:
     from taskspec.data.prepared import PreparedData
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 PROBE_STEPS = 16
 """Steps whose batches measure who owns which parameter: those after the last one trained on."""
+APPROXIMATION = {"recall", "recall_at", "recall_queries", "shards"}
+"""What decides the answers of an index that is not exact."""
 COURSE = ("entropy", "saturation", "gradient_ratio", "clip_rate")
 
 
@@ -34,13 +36,14 @@ def trial_key(candidate: Candidate, seed: int | None, inputs: Inputs) -> str:
     Not of the code, which a trial names (`Trial.code`), nor of workers and threads, which decide only the rounding.
     """
     plan = candidate.plan
-    runs = {} if seed is None else {task: training_identity(one) for task, one in candidate.runs(seed).items()}
+    runs = {} if seed is None else {task: run_identity(one) for task, one in candidate.runs(seed).items()}
     config = candidate.config
+    exact = config.index.kind == "flat"
     measured = [
         plan.lexical,
         plan.held_out,
         plan.analyze,
-        config.index.model_dump(mode="json", include={"precision", "kind", "recall", "recall_at"}),
+        config.index.model_dump(mode="json", include={"precision", "kind"} | (set() if exact else APPROXIMATION)),
         config.evaluate.model_dump(mode="json"),
     ]
     return canonical_sha256([runs, measured, encoder_id(config), inputs.ids()])[:16]

@@ -129,8 +129,8 @@ def read_arms(source: str) -> Arms:
 def expand(arms: Arms, config: Config) -> list[Candidate]:
     """Every candidate of every arm, each with its checked configuration.
 
-    Raises: ConfigError naming the arm, for a change that the configuration refuses, an unknown held-out task, or a
-        baseline that is no row.
+    Raises: ConfigError naming the arm, for a change that the configuration refuses, an unknown held-out task, held-out
+        tasks that leave none to train, or a baseline that is no row.
     """
     result = []
     for name, arm in arms.arms.items():
@@ -143,6 +143,10 @@ def expand(arms: Arms, config: Config) -> list[Candidate]:
                     for task in arm.held_out:
                         config.task(task)
                     trained = [task.name for task in changed.trained_tasks if task.name not in arm.held_out]
+                    if not trained:
+                        raise ConfigError(
+                            f"arm {row}: held_out names every task, so none is trained; leave one out of it"
+                        )
                     changed = with_values(changed, {"train.tasks": trained}, f"arm {row}")
                 result.append(Candidate(name, row, values, label, arm, changed))
     rows = dict.fromkeys(candidate.row for candidate in result)

@@ -14,10 +14,9 @@ import torch
 import yaml
 from job_process import running, until
 
-from jobs.sweep import run, sweep
+from jobs.sweep import run
 from taskspec import store
-from taskspec.arms import expand, read_arms
-from taskspec.config import Config, load_config, with_values
+from taskspec.config import Config, with_values
 from taskspec.errors import TrainingError
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(1500)]
@@ -89,17 +88,19 @@ def test_a_sweep_compares_its_arms_and_makes_again_only_what_is_missing(tiny_con
     assert again == found
 
 
-def test_a_sweep_with_a_failing_arm_keeps_the_others_and_names_it(tiny_config, ray_cluster, tmp_path):
+def test_a_sweep_with_a_failing_arm_compares_the_others_and_names_it(tiny_config, ray_cluster, tmp_path, capfd):
     arms = (
-        "{baseline: mean, arms: {bad: {set: {contrastive.temperature: 1.0e-30}}, "
-        "mean: {set: {specialization.method: mean}}}}"
+        "{baseline: mean, arms: {bad: {set: {contrastive.temperature: 1.0e-30}}, bm25: {lexical: true}, "
+        "mean: {set: {specialization.method: mean}, choose: {contrastive.temperature: [1.0, 1.0e-30]}}}}"
     )
     values = {"train.steps": 2, "train.max_bad_steps": 0, "sweep.seeds": [0]}
-    _, config_path, _, arms_path = written(tiny_config, tmp_path, arms, values)
-    config, plans = load_config(config_path), read_arms(arms_path)
-    with pytest.raises(TrainingError, match=r"1 of 2 trials failed, the others are kept: bad, seed 0: .*not finite"):
-        sweep(config, plans, expand(plans, config))
-    assert len(os.listdir(tmp_path / "artifacts" / "sweep" / "trials")) == 1
+    with pytest.raises(TrainingError, match=r"2 trial\(s\) failed, the others are kept: bad, seed 0: .*not finite"):
+        run(written(tiny_config, tmp_path, arms, values))
+    assert len(list((tmp_path / "artifacts" / "sweep" / "trials").glob("*.json"))) == 2
+    table = capfd.readouterr().out.partition("\nrow ")[2]
+    assert [line.split()[0] for line in table.splitlines()[1:3]] == ["bm25", "mean"]
+    (report,) = (tmp_path / "artifacts" / "sweep" / "reports").rglob("report.html")
+    assert "mean, temperature=1e-30, seed 0: " in report.read_text()
 
 
 def test_a_killed_sweep_goes_on_with_what_is_missing_and_no_second_one_works_beside_it(tiny_config, tmp_path):

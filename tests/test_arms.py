@@ -83,6 +83,10 @@ def test_the_presets_expand_for_the_quickstart(config):
         ("{baseline: a, arms: {a: {}}, arm: {}}", "known keys: baseline, arms"),
         ("{baseline: a, arms: {a: {set: {train.stepps: 3}}}}", r"arm a: unknown key train.stepps; known: tasks, steps"),
         ("{baseline: a, arms: {a: {held_out: [nqq]}}}", "unknown task 'nqq'; known: fever"),
+        (
+            "{baseline: a, arms: {a: {set: {train.tasks: [nq]}, held_out: [nq]}}}",
+            "arm a: held_out names every task, so none is trained; leave one out of it",
+        ),
         ("[", "is not YAML"),
     ],
 )

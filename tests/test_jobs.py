@@ -9,13 +9,13 @@ import yaml
 
 from jobs import cli, train, trial
 from jobs.pipeline import Inputs
-from jobs.sweep import Planned, waves
+from jobs.sweep import Planned, comparable, require_dev_queries, waves
 from jobs.trial import combined
 from taskspec import cluster
 from taskspec.arms import expand, read_arms
 from taskspec.config import load_config
 from taskspec.data.prepared import PreparedData
-from taskspec.errors import PlacementError
+from taskspec.errors import ConfigError, PlacementError
 from taskspec.evaluate.trials import Cost, Trial
 
 JOBS = ["download", "evaluate", "index", "mine", "pipeline", "prepare", "quickstart", "sweep", "train"]
@@ -130,17 +130,52 @@ def test_trials_that_need_the_same_run_are_not_made_at_the_same_time(tmp_path):
     assert waves([*trials, trials[1]]) == [[0, 1, 2, 4], [3], [5]]
 
 
-def test_a_trial_is_another_one_if_another_kind_of_index_measures_it(tmp_path, monkeypatch):
+def test_a_candidate_that_failed_with_a_seed_is_not_chosen_from(tmp_path):
+    tree = "{baseline: a, arms: {a: {choose: {train.steps: [1, 2]}}, b: {}, c: {set: {train.steps: 3}}}}"
+    (tmp_path / "arms.yaml").write_text(tree)
+    candidates = expand(read_arms(str(tmp_path / "arms.yaml")), load_config("quickstart"))
+    plan = [Planned(f"{one.row}{one.label}-{seed}", one, seed) for one in candidates for seed in (0, 1)]
+    assert [trial.key for trial in comparable(plan, ["asteps=2-1", "b-0", "c-0", "c-1"])] == [
+        "asteps=1-0", "asteps=1-1", "b-1",
+    ]  # fmt: skip
+    both = comparable(plan, ["asteps=1-0", "asteps=2-0"])
+    assert [trial.key for trial in both][:2] == ["asteps=1-1", "asteps=2-1"]
+
+
+@pytest.mark.parametrize(
+    ("arm", "dev", "missing"),
+    [
+        ("{}", (), "aidayago2, fever, hotpotqa, nq, trex, triviaqa, wow, zsre"),
+        ("{set: {train.tasks: [nq]}}", ("wow", "fever"), "nq"),
+        ("{held_out: [nq, wow]}", ("wow", "fever"), "nq"),
+    ],
+)
+def test_an_arm_that_nothing_could_measure_is_refused(tmp_path, arm, dev, missing):
+    (tmp_path / "arms.yaml").write_text(f"{{baseline: a, arms: {{a: {arm}}}}}")
+    candidates = expand(read_arms(str(tmp_path / "arms.yaml")), load_config("quickstart"))
+    with pytest.raises(ConfigError, match=f"arm a: no dev queries of {missing} to measure it with; name files under"):
+        require_dev_queries(candidates, dev)
+    require_dev_queries(candidates, ("nq", "wow", "fever"))
+
+
+def test_a_trial_is_another_one_if_what_decides_its_numbers_differs(tmp_path, monkeypatch):
     monkeypatch.setattr(Inputs, "ids", lambda self: [])
     (tmp_path / "arms.yaml").write_text("{baseline: mean, arms: {mean: {}}}")
 
-    def key(**index):
-        config = load_config("quickstart", [f"index.{name}={value}" for name, value in index.items()])
+    def key(**values):
+        config = load_config("quickstart", [f"{name.replace('__', '.')}={value}" for name, value in values.items()])
         (candidate,) = expand(read_arms(str(tmp_path / "arms.yaml")), config)
         return trial.trial_key(candidate, 0, Inputs("prepared", None))
 
-    assert key() == key(actors=2)
-    assert len({key(), key(kind="ivf"), key(kind="pq"), key(precision="bf16"), key(recall=0.5)}) == 5
+    assert key() == key(index__actors=2) == key(index__shards=5) == key(index__recall=0.5) == key(train__log_every=3)
+    ivf = {"index__kind": "ivf"}
+    assert key(**ivf) == key(**ivf, index__actors=2)
+    different = [
+        {}, ivf, {"index__kind": "pq"}, {"index__precision": "bf16"}, {**ivf, "index__recall": 0.5},
+        {**ivf, "index__recall_queries": 20}, {**ivf, "index__shards": 5}, {"train__checkpoint_every": 30},
+        {"train__learning_rate": 0.5},
+    ]  # fmt: skip
+    assert len({key(**values) for values in different}) == len(different)
 
 
 def test_what_was_measured_of_several_retrievers_outlives_the_job(tmp_path, monkeypatch):

@@ -152,6 +152,11 @@ def training_identity(config: Config) -> dict[str, Any]:
     return tree
 
 
+def run_identity(config: Config) -> dict[str, Any]:
+    """The part of a configuration that decides which weights are a run's best: also how often there is a checkpoint."""
+    return {**training_identity(config), "checkpoint_every": config.train.checkpoint_every}
+
+
 def encoder_id(config: Config) -> str:
     """What tells the encoder that training starts from: sha256 (hex) of a local folder's files, a hub id as it is, and
     "" for one from scratch, which the configuration describes."""
