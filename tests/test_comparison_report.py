@@ -495,8 +495,18 @@ def test_transfer_compares_prompts_and_rows(page: Page, folder: Path, comparison
     prompted = {row.name: ways["prompt"] for row, ways in comparison.zero_shot_rows().items()}
     mine, theirs = prompted["held strength=2"], prompted["plain-held"]
     assert float(record["difference"]) == mine.minus(theirs).mean
-    assert found["plain-held", "prompt − plain-held, prompt"]["verdict"] == "baseline"
+    assert found["plain-held", "prompt − plain-held, prompt"]["verdict"] == "reference"
+    assert float(found["held strength=2", "prompt"]["average"]) == mine.average
     assert "Reference: plain-held for wow." in page.sections["Tasks held out of training"]
+
+
+def test_several_held_out_tasks_are_shown_one_by_one_too(tmp_path: Path) -> None:
+    zero_shot = {way: {"wow": (1.0, 1.0), "fever": (0.0, 0.5)} for way in ("prompt", "no prompt")}
+    page = written(tmp_path, Comparison.of([trial("mean", zero_shot=zero_shot)], "mean"))
+    shown = {name: page.line("Tasks held out of training", name)[0] for name in ("mean", "mean: wow", "mean: fever")}
+    assert shown == {"mean": "62.5", "mean: wow": "100.0", "mean: fever": "25.0"}
+    averages = {r["task"]: float(r["average"]) for r in records(tmp_path / "zero-shot.csv") if r["what"] == "prompt"}
+    assert averages == {"": 0.625, "wow": 1.0, "fever": 0.25}
 
 
 def test_rows_kept_from_different_tasks_have_different_references(tmp_path: Path) -> None:

@@ -109,6 +109,10 @@ class Row:
             return self
         return replace(self, seeds=tuple(seeds), scores=self._taken(tuple(self.scores), seeds))
 
+    def on_task(self, task: str) -> Row:
+        """The row with one task of `scores` only."""
+        return replace(self, scores={task: self.scores[task]})
+
     def task_average(self, task: str) -> float:
         """Over the seeds and queries of one task of `scores`."""
         return float(self.scores[task].mean())

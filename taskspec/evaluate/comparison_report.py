@@ -85,10 +85,10 @@ def write_comparison(
 # --- differences, as cells and as fields ------------------------------------------------------------------------------
 
 
-def _change(found: Difference | None) -> tuple[object, ...]:
-    """The fields of `CHANGE`; None is the baseline itself."""
+def _change(found: Difference | None, without: str = "baseline") -> tuple[object, ...]:
+    """The fields of `CHANGE`; None is what others are compared with itself, or nothing that is compared."""
     if found is None:
-        return (*[None] * 5, "baseline")
+        return (*[None] * 5, without)
     seeds = (None, None) if found.seeds is None else astuple(found.seeds)
     return (found.mean, *astuple(found.queries), *seeds, found.verdict)
 
@@ -182,10 +182,18 @@ def _transfer(folder: Path, comparison: Comparison) -> str:
         for way in WAYS:
             change = None if row is against else found[way].minus(zero_shot[against][way])
             changes[f"{way} − {against.name}, {way}"] = change
-        cells = [Cell(average_text(found[way].average, found[way].std)) for way in WAYS]
-        lines.append(page.line(Cell(row.name), [*cells, *map(_change_cell, changes.values())]))
-        records += [(row.name, name, *_change(change)) for name, change in changes.items()]
-    page.write_csv(folder / "zero-shot.csv", ["row", "what", *CHANGE], records)
+        tasks = list(found[prompt].scores)
+        for part, name in [(None, row.name), *((task, f"{row.name}: {task}") for task in tasks if len(tasks) > 1)]:
+            answers = {way: found[way] if part is None else found[way].on_task(part) for way in WAYS}
+            cells = [Cell(average_text(one.average, one.std)) for one in answers.values()]
+            compared = map(_change_cell, changes.values()) if part is None else [NONE] * len(changes)
+            lines.append(page.line(Cell(name), [*cells, *compared]))
+            records += [(row.name, way, part, one.average, one.std, *_change(None, "")) for way, one in answers.items()]
+        records += [
+            (row.name, what, None, None, None, *_change(change, "reference")) for what, change in changes.items()
+        ]
+    columns = ["row", "what", "task", "average", "std", *CHANGE]
+    page.write_csv(folder / "zero-shot.csv", columns, records)
     held_out = {against.name: ", ".join(zero_shot[against][prompt].scores) for against in references.values()}
     pairs = "; ".join(f"{name} for {tasks}" for name, tasks in held_out.items())
     head = ["row", *WAYS, f"{prompt} − {bare}", *(f"{way} − that of the reference" for way in WAYS)]

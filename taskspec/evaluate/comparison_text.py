@@ -78,8 +78,9 @@ def zero_shot_text(comparison: Comparison) -> str | None:
                 cells += [signed(change.mean), change.verdict]
         lines.append([row.name, *cells])
         for task in answered[WAYS[0]].scores:
-            parts = [[percent(answered[way].task_average(task)), "", ""] for way in WAYS]
-            lines.append([f"  {task}", *(cell for part in parts for cell in part)])
+            single = [answered[way].on_task(task) for way in WAYS]
+            cells = [cell for row in single for cell in (average_text(row.average, row.std), "", "")]
+            lines.append([f"  {task}", *cells])
     return _table(lines)
 
 
