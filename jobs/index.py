@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -13,6 +12,7 @@ from jobs import cli
 from taskspec import artifacts, store
 from taskspec.config import Config
 from taskspec.errors import ConfigError
+from taskspec.machine import own_cpus, own_memory
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -76,7 +76,6 @@ def plan(arguments: argparse.Namespace, config: Config, prepared: str, out: str)
 
     Raises: PlacementError if none does; ConfigError if neither artifacts nor numbers say how large the index is.
     """
-    from taskspec import cluster
     from taskspec.data.prepared import PreparedData
     from taskspec.index.plan import Budget, plan_index
     from taskspec.index.probe import embedding_seconds, measure_speeds
@@ -95,8 +94,8 @@ def plan(arguments: argparse.Namespace, config: Config, prepared: str, out: str)
             embed_s = embedding_seconds(arguments.checkpoint, data, config.index.precision) * passages / nodes
     budget = Budget(
         nodes=arguments.nodes,
-        node_bytes=int(1e9 * arguments.node_gb) if arguments.node_gb else cluster.own_memory(),
-        node_cores=arguments.node_cores or os.cpu_count() or 1,
+        node_bytes=int(1e9 * arguments.node_gb) if arguments.node_gb else own_memory(),
+        node_cores=arguments.node_cores or own_cpus(),
         latency_s=arguments.latency_ms / 1000 if arguments.latency_ms else None,
         recall=config.index.recall,
     )

@@ -61,11 +61,6 @@ def worker_memory(workers: int) -> int:
     return int(max(nodes) / math.ceil(workers / len(nodes)))
 
 
-def own_memory() -> int:
-    """Bytes of this machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def prepare_ray_data() -> Any:
     """Sets this process's Ray Data: order preserved, no progress bars. Returns: its DataContext."""
     import ray.data

@@ -151,7 +151,7 @@ class Specialization(Section):
     warmup: float = Field(0.1, ge=0, le=1)
     """Share of the steps with equal weights; then strength grows from 0 over as many steps again."""
     min_warmup_steps: int = Field(100, ge=0)
-    """Warm-up lasts at least this many steps."""
+    """Warm-up lasts at least this many steps, but no more than a quarter of the run because of it."""
     cgd_step: float = Field(0.05, gt=0)
     """Step size of `cgd`'s task weights."""
     gradnorm_step: float = Field(0.025, gt=0)
@@ -187,7 +187,7 @@ class Train(Section):
     compare_every: int = Field(100, ge=1)
     """Steps between two comparisons of the workers' parameters, and of what their method keeps, by checksums."""
     threads: int | None = Field(None, ge=1)
-    """Intra-op threads per worker; None is cores of the node / workers."""
+    """Intra-op threads per worker; None is the CPUs that the node may use / workers."""
     precision: Precision = "fp32"
     """bf16 takes about half the time where the processor multiplies it (AVX512-BF16, AMX, GPUs from Ampere on)."""
     gpu: bool = False
@@ -195,7 +195,8 @@ class Train(Section):
     checkpoint_every: int = Field(100, ge=1)
     log_every: int = Field(10, ge=1)
     dev_queries: int = Field(64, ge=2)
-    """Dev queries per task that in-batch accuracy is measured on, at every checkpoint."""
+    """Dev queries per task that in-batch accuracy is measured on, at every checkpoint. The newest checkpoint that is
+    within a standard error of the highest is the run's best."""
     max_failures: int = Field(3, ge=0)
     """How often the workers are restarted from the last checkpoint before the run gives up."""
 

@@ -167,8 +167,8 @@ def test_a_plan_tries_steps_and_leaves_only_itself_and_the_run_ends_beside_it(
 ):
     values = {"contrastive.negatives": 0, "train.steps": 12, "train.workers": 2, "train.distribution": "sharded"}
     job = TrainJob(with_values(tiny_config, values), tiny_prepared.artifact.uri, None, str(tmp_path / "run"))
-    (tmp_path / "run-plan" / "metrics").mkdir(parents=True)
-    (tmp_path / "run-plan" / "metrics" / "step-00000000.jsonl").write_text("what a killed plan left")
+    (tmp_path / "run" / "plan" / "metrics").mkdir(parents=True)
+    (tmp_path / "run" / "plan" / "metrics" / "step-00000000.jsonl").write_text("what a killed plan left")
     found = plan(job)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["plan.json"]
     assert found.step_seconds is not None

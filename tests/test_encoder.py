@@ -105,6 +105,29 @@ def test_a_folder_without_an_encoder_is_refused_by_name(tmp_path):
         load_encoder(Model(), tmp_path)
 
 
+def test_weights_that_a_folder_does_not_have_are_not_made_up(bert, tmp_path):
+    """A T5 encoder alone, as of sentence encoders, has no decoder to take a first token from."""
+    encoder, tokenizer = build_encoder(configure(pooling="mean").model, TEXTS, seed=0)
+    encoder.transformer.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    message = r"model\.source .*: has no weights for \d+ parts, first decoder\..*; set model\.pooling=mean, which"
+    with pytest.raises(ConfigError, match=message):
+        load_encoder(Model(pooling="first"), tmp_path)
+    loaded, _ = load_encoder(Model(pooling="mean"), tmp_path)
+    assert all(map(torch.equal, loaded.state_dict().values(), encoder.state_dict().values()))
+
+
+def test_a_loaded_t5_keeps_no_keys_and_values_for_tokens_that_never_come(tmp_path):
+    encoder, tokenizer = build_encoder(configure(pooling="first").model, TEXTS, seed=0)
+    encoder.transformer.config.use_cache = True  # as hubs have it
+    encoder.transformer.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded, _ = load_encoder(Model(pooling="first"), tmp_path)
+    ids_BL = torch.ones(2, 5, dtype=torch.int64)
+    found = loaded.transformer(input_ids=ids_BL, decoder_input_ids=ids_BL[:, :1])
+    assert found.past_key_values is None
+
+
 def test_too_few_texts_for_a_tokenizer_are_refused():
     with pytest.raises(ConfigError, match=r"model\.scratch: no tokenizer could be trained on the passages"):
         train_tokenizer([], Model().scratch)

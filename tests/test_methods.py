@@ -60,7 +60,7 @@ def transcribed(config: Specialization, theta, grads_per_step, width: int):
     rows = [range(p, p + width) for p in range(0, matrix, width)] + [[p] for p in range(matrix, elements)]
     average = np.zeros((tasks, elements))
     count = np.zeros(tasks)
-    warmup = max(round(config.warmup * len(grads_per_step)), config.min_warmup_steps)
+    warmup = max(round(config.warmup * len(grads_per_step)), min(config.min_warmup_steps, len(grads_per_step) // 4))
     updates = []
     for step, grads in enumerate(grads_per_step):
         update = np.zeros(elements)
@@ -123,6 +123,29 @@ def test_a_task_without_gradient_neither_counts_an_update_nor_spoils_the_others(
     update = updated(taco, grads)
     assert update.grad_P.isfinite().all()
     assert taco.updates_T.tolist() == [1, 0]
+
+
+def test_the_average_of_a_task_without_gradient_stays_as_it_is():
+    config = Specialization(decay=0.9, warmup=0.0, min_warmup_steps=0)
+    theta, grads = random(2, 20, 1)
+    taco = make_taco(config, 2, theta, steps=9)
+    updated(taco, grads)
+    before = taco.average_TR[1].clone()
+    assert before.any()
+    without = grads.clone()
+    without[1] = 0
+    for _ in range(3):
+        updated(taco, without)
+    assert torch.equal(taco.average_TR[1], before)
+    assert taco.updates_T.tolist() == [4, 1]
+
+
+def test_the_least_warmup_takes_no_more_than_a_quarter_of_a_short_run():
+    theta, _ = random(1, 20, 1)
+    config = Specialization(warmup=0.1, min_warmup_steps=100)
+    assert [make_taco(config, 2, theta, steps=steps).warmup_steps for steps in (8, 100, 400, 1000, 2000)] == [
+        2, 25, 100, 100, 200,
+    ]  # fmt: skip
 
 
 def test_state_of_other_tasks_is_refused_and_own_state_resumes():

@@ -96,7 +96,7 @@ def test_a_summary_stands_beside_the_plan_and_shows_what_each_task_lost_or_won(t
     assert (plan.step_seconds, plan.peak) == (2.0, 2_000_000_000)
     assert "2 s a step in 10 steps, 1 s a checkpoint: 47 s" in plan.to_text(4_000_000_000)
     assert "2.00 GB at its peak in 10 steps, of 4.00 GB" in plan.to_text(4_000_000_000)
-    run = Run(str(tmp_path), "step-00000020", "step-00000010", 0.5, finished=True)
+    run = Run(str(tmp_path), "step-00000020", "step-00000010", 0.5, 0.5, finished=True)
     write_plan(run.uri, plan)
     lines = [line(10, 30.0), line(20, 33.0, bad_steps=2, tasks={"a": {"loss": 1.0, "dev_accuracy": 0.45}})]
     assert summary(run, lines).splitlines() == [
@@ -109,7 +109,7 @@ def test_a_summary_stands_beside_the_plan_and_shows_what_each_task_lost_or_won(t
 
 
 def test_a_run_whose_every_step_was_skipped_says_so_and_a_plan_of_such_steps_is_refused(tiny_config, tmp_path):
-    run = Run(str(tmp_path), "step-00000005", "step-00000000", 0.1, finished=True)
+    run = Run(str(tmp_path), "step-00000005", "step-00000000", 0.1, 0.1, finished=True)
     assert summary(run, [line(5, 1.0, bad_steps=5)]).startswith(
         "trained no step: no gradient was finite; lower train.learning_rate"
     )

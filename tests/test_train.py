@@ -30,12 +30,14 @@ from taskspec.train.checkpoint import (
     read_run,
 )
 from taskspec.train.launch import _show_progress, needed_cpus, start_run
+from taskspec.train.planning import summary
 from taskspec.train.step import Trainer, learning_rate_factor
 from taskspec.train.worker import (
     TrainJob,
     console_line,
     local_batches,
     make_plan,
+    mean_accuracy,
     read_metrics,
     seconds_taken,
     train_worker,
@@ -70,6 +72,15 @@ def tensors(checkpoint: str) -> dict[str, torch.Tensor]:
     return {key: value for name in names for key, value in safetensors.torch.load_file(name).items()}
 
 
+def shown_by_tensorboard(run: str, name: str) -> list[int]:
+    """The steps of a curve."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(store.join(run, "tensorboard"))
+    events.Reload()
+    return [event.step for event in events.Scalars(name)]
+
+
 class Interrupted(Exception):
     pass
 
@@ -102,7 +113,8 @@ def test_a_run_broken_at_any_step_resumes_to_the_same_bits(job, broken_at, lora,
     for name, value in ours.items():
         assert torch.equal(value, theirs[name]), name
     unbroken, resumed = read_metrics(job.run), read_metrics(broken.run)
-    assert [line["step"] for line in resumed] == [2, 4, 6, 8]
+    assert [line["step"] for line in resumed] == [2, 3, 4, 6, 8]
+    assert shown_by_tensorboard(broken.run, "nq/dev_accuracy") == [3, 6, 8]
     assert [line["tasks"] for line in resumed][-1] == unbroken[-1]["tasks"]
 
 
@@ -118,19 +130,31 @@ def test_a_run_keeps_its_last_and_its_best_checkpoint_only(job):
     assert run.best_accuracy == pytest.approx(sum(accuracy.values()) / len(accuracy))
 
 
-def test_without_dev_queries_the_newest_checkpoint_counts_and_with_them_the_first_of_the_best(tmp_path):
+def test_the_best_checkpoint_is_the_newest_that_dev_queries_do_not_tell_from_the_highest(tmp_path):
     uri = str(tmp_path)
     for accuracies, best in (
-        ((None, None, None), "step-2"),
-        ((None, 0.0, 0.0), "step-1"),
-        ((None, 0.25, 0.5), "step-2"),
-        ((None, 0.5, 0.25), "step-1"),
+        ((None, None, None, None), "step-3"),
+        ((None, 0.0, 0.0, 0.0), "step-3"),
+        ((None, 0.25, 0.5, 0.75), "step-3"),
+        ((None, 0.5, 0.45, 0.25), "step-2"),
+        ((None, 0.5, 0.45, 0.39), "step-2"),  # 0.06 below the one before, 0.11 below the highest
+        ((None, 0.75, 0.25, 0.5), "step-1"),
     ):
         run = None
         for step, accuracy in enumerate(accuracies):
-            run = add_to_run(run, uri, f"step-{step}", accuracy, finished=step == 2)
+            run = add_to_run(run, uri, f"step-{step}", accuracy, 0.1, finished=step == 3)
         assert run == read_run(uri)
-        assert (run.last, run.best) == ("step-2", best)
+        assert (run.last, run.best) == ("step-3", best)
+        number = int(best.removeprefix("step-"))
+        assert run.best_accuracy == (UNMEASURED if accuracies[number] is None else accuracies[number])
+        assert run.highest_accuracy == max(UNMEASURED if one is None else one for one in accuracies)
+
+
+def test_the_error_of_dev_accuracy_is_that_of_a_mean_of_shares():
+    mean, error = mean_accuracy({"a": 0.5, "b": 0.8}, {"a": 100, "b": 16})
+    assert (mean, error) == (pytest.approx(0.65), pytest.approx((0.25 / 100 + 0.16 / 16) ** 0.5 / 2))
+    assert mean_accuracy({"a": 1.0000001}, {"a": 4})[1] == 0.0
+    assert mean_accuracy({}, {}) == (None, 0.0)
 
 
 def test_a_run_without_dev_queries_ends_with_its_newest_checkpoint_as_the_best(job, monkeypatch):
@@ -146,14 +170,16 @@ def test_a_line_has_every_task_and_fits_a_terminal(job, config):
     start_run(job)
     train_worker(job)
     lines = read_metrics(job.run)
-    assert [line["step"] for line in lines] == [2, 4, 6, 8]
+    assert [line["step"] for line in lines] == [2, 3, 4, 6, 8], "also at checkpoints, of 3, 6 and 8"
+    measured = [line["step"] for line in lines if all("dev_accuracy" in task for task in line["tasks"].values())]
+    assert measured == [3, 6, 8]
     last = lines[-1]
     assert list(last["tasks"]) == [task.name for task in config.tasks]
     assert all({"loss", "train_accuracy", "dev_accuracy"} <= set(values) for values in last["tasks"].values())
     assert last["gradient_ratio"] > 0
     assert 0 <= last["wait_share"] <= 1
     assert len(console_line(last, 8)) < 160
-    assert any("tfevents" in name for name in store.list_files(job.run))
+    assert shown_by_tensorboard(job.run, "nq/dev_accuracy") == [3, 6, 8]
 
 
 def test_training_lowers_the_loss(job):
@@ -213,6 +239,8 @@ def test_a_run_is_found_again_from_an_encoder_that_was_moved_and_not_from_anothe
     assert encoder_id(here.config) == encoder_id(there.config) != encoder_id(other.config)
     with pytest.raises(TrainingError, match="was trained on other encoder"):
         start_run(other)
+    shutil.rmtree(folders[0])
+    assert start_run(here).last == "step-00000000", "a run that stands needs its encoder's folder no more"
 
 
 def test_a_new_task_starts_from_a_checkpoint_whose_other_tasks_keep_their_sensitivities(job, tmp_path):
@@ -391,15 +419,83 @@ def test_seconds_of_a_checkpoint_are_not_seconds_of_steps(job, monkeypatch):
     publish = worker.publish_checkpoint
 
     def slow(*args, **kwargs):
-        time.sleep(0.5)
+        time.sleep(2)
         return publish(*args, **kwargs)
 
     monkeypatch.setattr(worker, "publish_checkpoint", slow)
     start_run(job)
+    began = time.perf_counter()
+    train_worker(job)
+    whole = time.perf_counter() - began
+    lines = read_metrics(job.run)
+    assert [(line["step"], line["checkpoint_seconds"] > 2) for line in lines] == [
+        (2, False), (3, True), (4, False), (6, True), (8, True),
+    ]  # fmt: skip
+    assert sum(line["seconds"] for line in lines) < whole - 3 * 2
+    assert whole - 3 * 2 < seconds_taken(lines) < whole
+
+
+@pytest.mark.parametrize("fails_at", [3, 8])
+def test_a_run_that_ends_between_its_checkpoint_and_what_follows_keeps_its_lines(job, monkeypatch, fails_at):
+    """Nothing is counted twice, and a run that is finished has the line of its last step."""
+    start_run(job)
+
+    def barrier(metrics):
+        if metrics["step"] == fails_at:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train_worker(job, barrier=barrier)
+    run = read_run(job.run)
+    assert run.finished == (fails_at == 8)
+    if not run.finished:
+        train_worker(job)
+    lines = read_metrics(job.run)
+    assert [line["step"] for line in lines] == [2, 3, 4, 6, 8]
+    queries = sum(make_plan(job.config, PreparedData.open(job.prepared)).batch.values())
+    assert sum(line["queries"] for line in lines) == 8 * queries
+    assert "trained 8 steps" in summary(run, lines)
+
+
+def test_a_run_whose_checkpoint_is_not_named_yet_makes_its_steps_again(job, monkeypatch):
+    start_run(job)
+    named = worker.add_to_run
+
+    def broken(*args, **kwargs):
+        raise Interrupted
+
+    monkeypatch.setattr(worker, "add_to_run", broken)
+    with pytest.raises(Interrupted):
+        train_worker(job)
+    assert [line["step"] for line in read_metrics(job.run)] == [2, 3]
+    monkeypatch.setattr(worker, "add_to_run", named)
+    assert start_run(job).last == "step-00000000"
     train_worker(job)
     lines = read_metrics(job.run)
-    assert [line["checkpoint_seconds"] > 0.5 for line in lines] == [False, True, True, True]
-    assert seconds_taken(lines) == pytest.approx(sum(line["seconds"] + line["checkpoint_seconds"] for line in lines))
+    assert [line["step"] for line in lines] == [2, 3, 4, 6, 8]
+    assert len({line["start"] for line in lines}) == 1
+
+
+def test_lines_are_kept_in_files_of_some_and_those_of_an_earlier_start_go(job, monkeypatch):
+    monkeypatch.setattr(worker, "LINES_A_FILE", 2)
+    start_run(job)
+    train_worker(job)
+    folder = store.join(job.run, "metrics")
+    names = ["step-00000000.jsonl", "step-00000003.jsonl", "step-00000006.jsonl"]
+    assert [name.rpartition("/")[2] for name in store.list_files(folder)] == names
+    assert [line["step"] for line in read_metrics(job.run)] == [2, 3, 4, 6, 8]
+    assert [line["step"] for line in read_metrics(job.run, after=4)] == [4, 6, 8]
+    assert [line["step"] for line in read_metrics(job.run, after=6)] == [8]
+    run = read_run(job.run)
+    shutil.rmtree(folder)
+    for first, steps in ((0, (1, 2)), (2, (3, 4)), (4, (5, 6)), (6, (7, 8))):
+        text = "".join(json.dumps({"step": step, "start": "before"}) + "\n" for step in steps)
+        store.write_bytes(store.join(folder, f"step-{first:08d}.jsonl"), text.encode())
+    resumed = Trainer(job.config, open_training(run.last_uri, job.config).encoder, torch.device("cpu"))
+    worker.Log(job, resumed, 3, 1, {}).close()
+    assert [line["step"] for line in read_metrics(job.run)] == [1, 2, 3, 4], "until the new start has lines"
+    store.write_bytes(store.join(folder, "step-00000003.jsonl"), b'{"step": 5, "start": "after"}\n')
+    assert [line["step"] for line in read_metrics(job.run)] == [1, 2, 3, 5]
 
 
 def test_progress_shows_every_line_of_every_start_once(job, capsys):
@@ -444,7 +540,7 @@ def test_a_step_that_is_skipped_is_told_and_counted_over_restarts(job, bad):
 
     train_worker(job, batches=spoiled)
     lines = read_metrics(job.run)
-    assert [line["step"] for line in lines] == ([2, 5, 6, 8] if bad == 3 else [2, 4, 6, 8])
+    assert [line["step"] for line in lines] == ([2, 3, 5, 6, 8] if bad == 3 else [2, 3, 4, 6, 8])
     assert [reason for line in lines for reason in line["skipped"]] == [
         f"step {bad}: the gradient of task nq (first in shared.weight) is not finite"
     ]
@@ -478,6 +574,6 @@ def test_a_run_lives_on_s3_as_on_disk(config, tiny_prepared, s3_bucket):
     train_worker(job)
     run = read_run(job.run)
     assert run.finished
-    assert [line["step"] for line in read_metrics(job.run)] == [2, 4, 6, 8]
+    assert [line["step"] for line in read_metrics(job.run)] == [2, 3, 4, 6, 8]
     assert open_encoder(run.best_uri).embed_queries("nq", ["who"])[0].shape == (1, config.model.scratch.width)
-    assert any("tfevents" in name for name in store.list_files(job.run))
+    assert shown_by_tensorboard(job.run, "nq/dev_accuracy") == [3, 6, 8]

@@ -72,7 +72,7 @@ StepBatches = dict[str, TaskBatch]
 def to_bytes(batches: StepBatches) -> bytes:
     """A step's batches as one safetensors blob, to travel through Ray's object store."""
     tensors = {f"{task}/{name}": tensor for task, batch in batches.items() for name, tensor in vars(batch).items()}
-    return safetensors.torch.save(tensors, metadata={"tasks": " ".join(batches)})
+    return safetensors.torch.save(tensors)
 
 
 def from_bytes(blob: bytes, tasks: Sequence[str]) -> StepBatches:

@@ -39,6 +39,7 @@ from taskspec.index.page_ids import PageIds
 from taskspec.index.plan import require_memory
 from taskspec.index.recall import MeasuredRecall, exact_answers, measure
 from taskspec.index.shard import Results, load_shard, make_shard, merge_top_k
+from taskspec.machine import own_cpus, own_memory
 from taskspec.model.contract import Contract
 from taskspec.train import checkpoint as checkpoints
 from taskspec.train.checkpoint import open_encoder
@@ -151,7 +152,7 @@ def build_index(config: Config, checkpoint: str, prepared: str, out: str) -> Ind
         print(f"index: {len(plan) - len(missing)} of {len(plan)} shards stand already", flush=True)
     if missing:
         rows = max(shard.rows for shard in missing)
-        require_memory(config.index.kind, rows, contract.dimension, cluster.own_memory())
+        require_memory(config.index.kind, rows, contract.dimension, own_memory())
         _build_shards(source, missing)
     manifest = _publish(out, source, plan)
     artifacts.remove(_shards_folder(out))
@@ -241,7 +242,7 @@ def _embedded(source: Source, missing: Sequence[PlannedShard]) -> Iterator[np.nd
     cluster.prepare_ray_data()
     index = source.config.index
     total = sum(shard.rows for shard in missing)
-    threads = max(1, (os.cpu_count() or 1) // index.actors)  # as if all actors shared one node like this one
+    threads = max(1, own_cpus() // index.actors)  # as if all actors shared one node like this one
     dataset = (
         ray.data.range(total, override_num_blocks=-(-total // (BATCHES_PER_BLOCK * index.batch_size)))
         .map_batches(read_passages, batch_size=None, fn_args=(source.prepared, missing))

@@ -73,7 +73,7 @@ class Encoder(nn.Module):
 def load_encoder(model: Model, folder: str | Path) -> tuple[Encoder, Any]:
     """An encoder and its tokenizer from a Hugging Face folder or hub id.
 
-    Raises: ConfigError naming the source if it is no T5 or BERT-like encoder or cannot be loaded.
+    Raises: ConfigError naming the source if it is no T5 or BERT-like encoder, cannot be loaded, or lacks weights.
     """
     from transformers import AutoConfig, AutoModel, AutoTokenizer, T5EncoderModel
     from transformers.utils import logging
@@ -84,16 +84,24 @@ def load_encoder(model: Model, folder: str | Path) -> tuple[Encoder, Any]:
         config = AutoConfig.from_pretrained(folder)
         rates = {name: model.dropout for name in _DROPOUT_NAMES if hasattr(config, name)}
         kind = T5EncoderModel if config.model_type == "t5" and model.pooling == "mean" else AutoModel
-        parts = {} if config.model_type == "t5" else _NO_POOLER
-        transformer = kind.from_pretrained(folder, dtype=torch.float32, **parts, **rates)
+        # A decoder's cache would hold keys and values of the whole batch, for a second token that never comes.
+        parts = {"use_cache": False} if config.model_type == "t5" else {"add_pooling_layer": False}
+        transformer, found = kind.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, **parts, **rates
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, TypeError, KeyError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ConfigError(f"model.source {folder}: no T5 or BERT-like encoder with tokenizer: {first_line}") from error
+    if found["missing_keys"]:  # they were filled with random numbers
+        missing = sorted(found["missing_keys"])
+        way_out = "; set model.pooling=mean, which needs no decoder" if missing[0].startswith("decoder.") else ""
+        raise ConfigError(
+            f"model.source {folder}: has no weights for {len(missing)} parts, first {missing[0]}{way_out}"
+        )
     return Encoder(transformer, model.pooling, model.similarity), tokenizer
 
 
-_NO_POOLER = {"add_pooling_layer": False}
 _DROPOUT_NAMES = ("dropout_rate", "hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
@@ -152,7 +160,7 @@ def encoder_shapes(model: Model) -> Shapes:
             if config.model_type == "t5":
                 transformer: Any = T5Model(config) if model.pooling == "first" else T5EncoderModel(config)
             else:
-                transformer = AutoModel.from_config(config, **_NO_POOLER)
+                transformer = AutoModel.from_config(config, add_pooling_layer=False)
             if model.lora is not None:
                 from taskspec.model.lora import add_lora
 

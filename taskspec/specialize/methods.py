@@ -106,7 +106,7 @@ class Taco:
         """Args: theta_P: the share's parameters, which the optimizer moves in place. steps: of the whole run, for the
         warm-up."""
         self.config, self.share, self.theta_P = config, share, theta_P
-        self.warmup_steps = max(round(config.warmup * steps), config.min_warmup_steps)
+        self.warmup_steps = max(round(config.warmup * steps), min(config.min_warmup_steps, steps // 4))
         rows = share.rows
         self.average_TR = theta_P.new_zeros(tasks, rows.rows)
         self.updates_T = torch.zeros(tasks, dtype=torch.int64, device=theta_P.device)
@@ -128,7 +128,9 @@ class Taco:
         self._normalized_TR[task] = normalized_R
         if self.config.shrinkage:
             normalized_R = self.stability.shrink(task, normalized_R)
-        torch.add(decay * self.average_TR[task], normalized_R, alpha=1 - decay, out=self._next_TR[task])
+        # A task without a gradient says nothing about itself: its average stays as its count of updates does.
+        share = (1 - decay) * (median > 0).to(normalized_R)
+        torch.lerp(self.average_TR[task], normalized_R, share, out=self._next_TR[task])
         self._mixture.add(self._logits(slice(task, task + 1))[0], grad_P)
 
     def _logits(self, tasks: slice) -> Tensor:

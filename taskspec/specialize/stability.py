@@ -47,6 +47,7 @@ class Stability:
         """Args: like: gives type and device of the moments."""
         self.layers = rows.layers
         self._layer_R = rows.layer_R
+        self._rows_of_layer = [(rows.layer_R == layer).nonzero()[:, 0] for layer in range(len(rows.layers))]
         self._width_R = rows.width_R.to(like)
         self._common_R: Tensor | None = None
         self._reliability_TR = like.new_empty(0)
@@ -114,7 +115,9 @@ class Stability:
 
     def _over_layers(self, value_TR: Tensor) -> Tensor:
         """Mean over each layer's elements (T, G)."""
-        zeros_TG = value_TR.new_zeros(len(value_TR), len(self.layers))
-        total_TG = zeros_TG.index_add(1, self._layer_R, value_TR * self._width_R)
-        elements_G = zeros_TG[0].index_add(0, self._layer_R, self._width_R)
-        return total_TG / elements_G
+        # Summed in an order of their own: atomic additions on a GPU would round differently on each worker.
+        sums = [
+            (value_TR[:, rows] * self._width_R[rows]).sum(dim=1) / self._width_R[rows].sum()
+            for rows in self._rows_of_layer
+        ]
+        return torch.stack(sums, dim=1)

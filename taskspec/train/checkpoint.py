@@ -191,10 +191,12 @@ class Run:
     last: str
     """Folder name of the newest checkpoint."""
     best: str
-    """Folder name of the one with the highest mean dev accuracy, the earliest of equals; the newest where there are no
-    dev queries."""
+    """Folder name of the newest one whose mean dev accuracy is within a standard error of the highest: what dev queries
+    cannot tell apart, more training may. The newest where there are none."""
     best_accuracy: float
-    """UNMEASURED for one without."""
+    """Of `best`; UNMEASURED for one without."""
+    highest_accuracy: float
+    """Of all there were; UNMEASURED where none has any."""
     finished: bool
 
     @property
@@ -212,16 +214,19 @@ def read_run(uri: str) -> Run | None:
     return Run(uri=uri, **json.loads(store.read_bytes(name))) if store.exists(name) else None
 
 
-def add_to_run(run: Run | None, uri: str, folder: str, accuracy: float | None, *, finished: bool) -> Run:
+def add_to_run(
+    run: Run | None, uri: str, folder: str, accuracy: float | None, error: float = 0.0, *, finished: bool
+) -> Run:
     """Names a newly published checkpoint in `run.json` and removes the one that is now neither last nor best.
 
-    Args: accuracy: mean dev accuracy; None where there are no dev queries, and of the untrained encoder.
+    Args: accuracy: mean dev accuracy; None where there are no dev queries, and of the untrained encoder. error: its
+        standard error.
     """
-    if run is None or accuracy is None or accuracy > run.best_accuracy:
-        best, best_accuracy = folder, UNMEASURED if accuracy is None else accuracy
-    else:
+    highest = max(UNMEASURED if run is None else run.highest_accuracy, UNMEASURED if accuracy is None else accuracy)
+    best, best_accuracy = folder, UNMEASURED if accuracy is None else accuracy
+    if run is not None and accuracy is not None and accuracy + error < highest:
         best, best_accuracy = run.best, run.best_accuracy
-    new = Run(uri, folder, best, best_accuracy, finished)
+    new = Run(uri, folder, best, best_accuracy, highest, finished)
     write_run(new)
     for old in {run.last, run.best} - {new.last, new.best} if run else ():
         artifacts.remove(store.join(uri, old))

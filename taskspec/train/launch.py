@@ -6,6 +6,7 @@ Path: prepared data, negatives → [here] → the run's best checkpoint.
 from __future__ import annotations
 
 import math
+import re
 import threading
 import uuid
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from taskspec.config import Config, with_values
 from taskspec.data.batches import StepBatches
 from taskspec.data.prepared import PreparedData
 from taskspec.data.stream import stream
-from taskspec.errors import DataError, DivergedError, TaskspecError, TrainingError
+from taskspec.errors import DataError, DivergedError, StoreError, TaskspecError, TrainingError
 from taskspec.model.encoder import build_encoder, encoder_shapes, load_encoder
 from taskspec.train.checkpoint import (
     BASE,
@@ -99,10 +100,13 @@ def start_run(job: TrainJob) -> Run:
 
 
 def _encoder_input(job: TrainJob, run: Run | None) -> dict[str, str]:
-    """What the weights come from, as a manifest's inputs name it. A run that stands goes on without the checkpoint that
-    it was started from, whose own run may have removed it since."""
+    """What the weights come from, as a manifest's inputs name it. A run that stands goes on without the folder or the
+    checkpoint that it was started from, which may have gone since."""
     if job.start is None:
-        return {"encoder": encoder_id(job.config)}
+        mine = encoder_id(job.config)
+        theirs = "" if run is None else artifacts.read_manifest(run.last_uri, "checkpoint").inputs.get("encoder", "")
+        gone = mine == job.config.model.source and re.fullmatch("[0-9a-f]{64}", theirs)
+        return {} if gone else {"encoder": mine}
     if run is not None and not store.exists(store.join(job.start, artifacts.MANIFEST)):
         return {}
     return {"start": artifacts.read_manifest(job.start, "checkpoint").id}
@@ -116,7 +120,7 @@ def _try_one_step(job: TrainJob, tokenizer: Any, step: int) -> None:
 
 def _tokenizer_texts(prepared: PreparedData, tasks: tuple[str, ...]) -> Iterator[str]:
     def spaced(rows: int) -> list[range]:
-        every = range(0, rows, max(1, rows // TOKENIZER_TEXTS))
+        every = range(0, rows, -(-rows // TOKENIZER_TEXTS) or 1)
         return [every[i : i + 1024] for i in range(0, len(every), 1024)]
 
     for rows in spaced(len(prepared.passages)):
@@ -174,7 +178,7 @@ def plan(job: TrainJob) -> TrainingPlan:
     values = {"steps": PROBE_STEPS, "checkpoint_every": PROBE_STEPS, "log_every": PROBE_STEPS // 2, "dev_queries": 2}
     tried = replace(
         job,
-        run=f"{job.run.rstrip('/')}-plan",
+        run=store.join(job.run, "plan"),
         config=with_values(config, {f"train.{name}": value for name, value in values.items()}),
     )
     artifacts.remove(tried.run)  # what a plan that was killed left
@@ -289,7 +293,11 @@ def _show_progress(job: TrainJob, stop: threading.Event) -> None:
     start, shown = None, 0
     while True:
         ending = stop.wait(2)
-        for line in read_metrics(job.run):
+        try:
+            lines = read_metrics(job.run, after=shown)
+        except StoreError:  # workers that start remove files of those before them
+            lines = []
+        for line in lines:
             of = line.get("start")
             if of in earlier or (of == start and line["step"] <= shown):
                 continue

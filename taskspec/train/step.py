@@ -225,7 +225,11 @@ class Trainer:
             peak = torch.cuda.max_memory_allocated(self.device)
         else:
             peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB
-        return -int(self.collectives.minimum(torch.tensor(-peak, device=self.device)))
+        return int(self.highest(peak))
+
+    def highest(self, value: float) -> float:
+        """The largest over workers. To be called by all of them."""
+        return -float(self.collectives.minimum(torch.tensor(-value, dtype=torch.float64, device=self.device)))
 
     def state(self, keep: bool = True) -> dict[str, Tensor]:
         """Optimizer and method, by name, whole whatever the distribution; the weights are the encoder's.

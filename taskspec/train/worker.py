@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from taskspec.data.batches import BatchMaker, GivenNegatives, StepBatches, dev_b
 from taskspec.data.plan import Plan, queries_per_task
 from taskspec.data.prepared import PreparedData
 from taskspec.errors import ConfigError
+from taskspec.machine import own_cpus
 from taskspec.model.encoder import text_tokenizer
 from taskspec.specialize.collectives import Collectives
 from taskspec.specialize.distribution import assign_tasks
@@ -112,7 +112,7 @@ def train_worker(
         local_workers: workers on this node, for the threads of each.
     """
     config = job.config
-    torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // local_workers))
+    torch.set_num_threads(config.train.threads or max(1, own_cpus() // local_workers))
     run = read_run(job.run)
     assert run is not None  # launch publishes the first checkpoint before any worker starts
     resumed = open_training(run.last_uri, config)
@@ -133,11 +133,9 @@ def train_worker(
         rank=rank,
         workers=workers,
     )
-    log = Log(job, trainer, resumed.step, sum(plan.batch.values())) if rank == 0 else None
-    if resumed.step == 0:
-        at_start = trainer.evaluate(dev)
-        if log:
-            log.dev_at_start = at_start
+    dev_counts = {task: min(config.train.dev_queries, len(prepared.queries(task, "dev"))) for task in dev}
+    at_start = trainer.evaluate(dev) if resumed.step == 0 else {}
+    log = Log(job, trainer, resumed.step, sum(plan.batch.values()), at_start) if rank == 0 else None
     described, waited, published, started = False, 0.0, 0.0, time.perf_counter()
     stream = batches(job, resumed.tokenizer, rank, workers, resumed.step)
     for step in range(resumed.step, config.train.steps):
@@ -146,7 +144,8 @@ def train_worker(
         waited += time.perf_counter() - asked
         done = step + 1
         last = done == config.train.steps
-        described = described or last or done % config.train.log_every == 0
+        checkpoint = last or done % config.train.checkpoint_every == 0
+        described = described or checkpoint or done % config.train.log_every == 0
         if step == resumed.step:
             trainer.settle(batch)
         result = trainer.step(step, batch, describe=described)
@@ -154,13 +153,13 @@ def train_worker(
             log.add(result)
 
         # once in a while: measure dev accuracy and publish a checkpoint
-        if last or done % config.train.checkpoint_every == 0:
+        accuracy: dict[str, float] = {}
+        if checkpoint:
             paused = time.perf_counter()
             accuracy = trainer.evaluate(dev)
             state = trainer.state(keep=log is not None)
             folder = f"step-{done:08d}"
             if log:
-                log.dev_accuracy = accuracy
                 publish_checkpoint(
                     store.join(job.run, folder),
                     config,
@@ -171,22 +170,39 @@ def train_worker(
                     inputs=inputs,
                     dev_accuracy=accuracy,
                 )
-                mean = sum(accuracy.values()) / len(accuracy) if accuracy else None
-                run = add_to_run(run, job.run, folder, mean, finished=last)
-            barrier({"step": done, **accuracy})
             published += time.perf_counter() - paused
 
-        # once in a while: one line for the console, JSONL and TensorBoard
-        if described and (result.skipped is None or last):  # else the next step is described instead
+        # with each checkpoint and once in a while: one line for the console, JSONL and TensorBoard
+        if described and (result.skipped is None or checkpoint):  # else the next step is described instead
             described = False
-            peak = trainer.peak_bytes()
+            peak, waited = trainer.peak_bytes(), trainer.highest(waited)
             if log:
                 now = time.perf_counter()
                 pace = Pace(seconds=now - started - published, waited=waited, checkpoint_seconds=published)
-                log.write(done, result, pace, peak=peak)
-                waited, published, started = 0.0, 0.0, now
+                log.write(done, result, pace, peak=peak, dev_accuracy=accuracy, whole=checkpoint)
+                started = now
+            waited, published = 0.0, 0.0
+
+        # only now does the run go on from there: its lines are written
+        if checkpoint:
+            paused = time.perf_counter()
+            if log:
+                run = add_to_run(run, job.run, folder, *mean_accuracy(accuracy, dev_counts), finished=last)
+            barrier({"step": done, **accuracy})
+            published += time.perf_counter() - paused
     if log:
         log.close()
+
+
+def mean_accuracy(accuracy: Mapping[str, float], queries: Mapping[str, int]) -> tuple[float | None, float]:
+    """The mean over tasks of an accuracy, and its standard error over queries; None for no tasks.
+
+    Args: queries: task → how many its accuracy is of.
+    """
+    if not accuracy:
+        return None, 0.0
+    variance = sum(share * (1 - share) / queries[task] for task, share in accuracy.items())
+    return sum(accuracy.values()) / len(accuracy), math.sqrt(max(0.0, variance)) / len(accuracy)
 
 
 @dataclass(frozen=True)
@@ -196,31 +212,42 @@ class Pace:
     seconds: float
     """Of the steps, waiting included."""
     waited: float
-    """For batches."""
+    """For batches, of the worker that waited longest: the others wait for it."""
     checkpoint_seconds: float
     """Of measuring dev accuracy and publishing checkpoints."""
+
+
+LINES_A_FILE = 100
+"""A file is written anew with each of its lines, as S3 cannot append: this bounds what is written for one."""
 
 
 class Log:
     """The metrics of a run since its last line: `metrics/step-….jsonl` and TensorBoard, in the run folder.
 
-    A file holds the lines from one start of the workers on, and is named by the first step; a line that a later start
-    wrote again counts instead of the older one (`read_metrics`).
+    A file is named by the number of steps before its first line. From where this start goes on, those of earlier starts
+    are removed, and their last one may have lines that no longer count (`read_metrics`).
     """
 
-    def __init__(self, job: TrainJob, trainer: Trainer, start: int, queries_per_step: int) -> None:
+    def __init__(
+        self, job: TrainJob, trainer: Trainer, start: int, queries_per_step: int, dev_at_start: Mapping[str, float]
+    ) -> None:
+        """Args: dev_at_start: dev accuracies of the untrained encoder; empty if this start goes on with a run."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._trainer = trainer
-        self._name = store.join(job.run, "metrics", f"step-{start:08d}.jsonl")
+        self._folder = store.join(job.run, "metrics")
+        for name, first in _metrics_files(self._folder):
+            if first >= start:
+                store.delete(name)
         self._started = datetime.datetime.now(datetime.UTC).isoformat()
+        self._first = self._written = start
         self._lines: list[str] = []
         self._results: list[StepResult] = []
         self._skipped: list[str] = []
         self._queries_per_step = queries_per_step
-        self._board = SummaryWriter(store.join(job.run, "tensorboard"), purge_step=start)
-        self.dev_accuracy: dict[str, float] = {}
-        self.dev_at_start: dict[str, float] = {}
+        # Events of that step and later ones are dropped; a line's step counts the steps that are done.
+        self._board = SummaryWriter(store.join(job.run, "tensorboard"), purge_step=start + 1)
+        self._dev_at_start = dict(dev_at_start)
 
     def add(self, result: StepResult) -> None:
         if result.skipped is None:
@@ -228,10 +255,20 @@ class Log:
         else:
             self._skipped.append(result.skipped)
 
-    def write(self, step: int, result: StepResult, pace: Pace, *, peak: int) -> None:
+    def write(
+        self,
+        step: int,
+        result: StepResult,
+        pace: Pace,
+        *,
+        peak: int,
+        dev_accuracy: Mapping[str, float],
+        whole: bool,
+    ) -> None:
         """Writes a line of the steps since the last one, with the weights of this one if it was taken.
 
-        Args: peak: bytes, of the worker that took most so far.
+        Args: step: how many are done. peak: bytes, of the worker that took most so far. dev_accuracy: if this step was
+            measured. whole: also each task's and layer's estimates, some ten times as long as the rest.
         """
         taken = self._results
         tasks: dict[str, dict[str, float]] = {task: {} for task in self._trainer.tasks}
@@ -240,7 +277,7 @@ class Log:
             accuracy_T = torch.stack([one.accuracy_T for one in taken]).mean(0).tolist()
             for task, loss, accuracy in zip(self._trainer.tasks, loss_T, accuracy_T, strict=True):
                 tasks[task] = {"loss": loss, "train_accuracy": accuracy}
-        for task, accuracy in self.dev_accuracy.items():
+        for task, accuracy in dev_accuracy.items():
             tasks[task]["dev_accuracy"] = accuracy
         said = None if result.skipped else result.specialized
         queries = self._queries_per_step * len(taken)
@@ -263,40 +300,56 @@ class Log:
             "bytes_sent": self._trainer.collectives.bytes_sent,
             "stability": {
                 task: {layer: asdict(estimate) for layer, estimate in layers.items()}
-                for task, layers in zip(self._trainer.tasks, (said and result.stability) or (), strict=False)
+                for task, layers in zip(self._trainer.tasks, (whole and said and result.stability) or (), strict=False)
             },
             "peak_bytes": peak,
-            "dev_at_start": self.dev_at_start,
+            "dev_at_start": self._dev_at_start,
             "skipped": self._skipped.copy(),
             "bad_steps": self._trainer.bad_steps,
         }
         self._results.clear()
         self._skipped.clear()
+        if len(self._lines) == LINES_A_FILE:
+            self._first, self._lines = self._written, []
+        self._written = step
         self._lines.append(json.dumps(line))
-        store.write_bytes(self._name, ("\n".join(self._lines) + "\n").encode())
+        name = store.join(self._folder, f"step-{self._first:08d}.jsonl")
+        store.write_bytes(name, ("\n".join(self._lines) + "\n").encode())
         for name, value in line.items():
             if isinstance(value, float) and math.isfinite(value):
                 self._board.add_scalar(name, value, step)
         for task, values in tasks.items():
             for name, value in values.items():
                 self._board.add_scalar(f"{task}/{name}", value, step)
+        if whole:  # what a later start goes on from
+            self._board.flush()
 
     def close(self) -> None:
         self._board.close()
 
 
-def read_metrics(run: str) -> list[dict[str, Any]]:
-    """The lines of a run, by step; where workers were restarted, the later start's line counts."""
+def read_metrics(run: str, after: int = 0) -> list[dict[str, Any]]:
+    """The lines of a run, by step; where workers were restarted, the later start's line counts.
+
+    Args: after: files in which every line is of this many steps or fewer are not read.
+    """
+    files = _metrics_files(store.join(run, "metrics"))
+    skipped = sum(first <= after for _, first in files[1:])
     lines: dict[int, dict[str, Any]] = {}
-    for name in store.list_files(store.join(run, "metrics")):
-        if not name.endswith(".jsonl"):  # one that is being written
-            continue
-        first = int(name.rpartition("step-")[2].removesuffix(".jsonl"))
+    for name, first in files[skipped:]:
         lines = {step: line for step, line in lines.items() if step <= first}
         for text in store.read_bytes(name).decode().splitlines():
             line = json.loads(text)
             lines[line["step"]] = line
     return [lines[step] for step in sorted(lines)]
+
+
+def _metrics_files(folder: str) -> list[tuple[str, int]]:
+    """(URI, steps before its first line) of each file that is not just being written, ascending."""
+    names = [name for name in store.list_files(folder) if name.endswith(".jsonl")]
+    return sorted(
+        ((name, int(name.rpartition("step-")[2].removesuffix(".jsonl"))) for name in names), key=lambda f: f[1]
+    )
 
 
 def seconds_taken(lines: Sequence[Mapping[str, Any]]) -> float:
