@@ -1,5 +1,6 @@
 """The retriever over a real text store and real shards, with an encoder of one-hot words."""
 
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -198,6 +199,16 @@ def test_page_ids_read_from_disk_are_those_of_the_passages(retriever: Retriever,
     (tmp_path / "page_rows.npy").write_bytes(b"broken")
     with pytest.raises(ArtifactError, match=r"its page ids cannot be read .*; build the index again"):
         PageIds.open(tmp_path)
+
+
+def test_an_id_longer_than_any_of_the_index_costs_no_copy_of_its_ids() -> None:
+    ids = PageIds(np.array([f"{number:05}".encode() for number in range(10_000)]), np.arange(10_000))
+    tracemalloc.start()
+    found = ids.find(["x" * 2000, "00007", "00007x"])
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found.tolist() == [7]
+    assert most < 1_000_000, "of 20 million bytes"
 
 
 def test_no_queries_no_answers(retriever: Retriever) -> None:

@@ -50,7 +50,9 @@ class PageIds:
 
     def find(self, wikipedia_ids: Iterable[str]) -> np.ndarray:
         """The numbers of the pages that are known, ascending, each once."""
-        # numpy's bytes end with their last byte that is not NUL: an id that does would be taken for another.
-        wanted = np.array(sorted({text.encode() for text in wikipedia_ids if not text.endswith("\0")}) or [b""])
+        # numpy's bytes end with their last byte that is not NUL: an id that does would be taken for another. One
+        # that is longer than any of the index is none of it, and would make numpy copy all ids at its own width.
+        asked = {text.encode() for text in wikipedia_ids if not text.endswith("\0")}
+        wanted = np.array(sorted(one for one in asked if len(one) <= self.ids.itemsize), self.ids.dtype)
         places = np.searchsorted(self.ids, wanted).clip(max=len(self.ids) - 1)
         return np.unique(self.page_rows[places[self.ids[places] == wanted]])
