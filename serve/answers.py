@@ -5,6 +5,7 @@ Path: app → [here].  One event loop.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from cachetools import LRUCache
 from serve.asks import Search
 from taskspec.retrieve.hits import Hit
 
-HIT_BYTES, ID_BYTES = 400, 80
+HIT_BYTES = 400
 """Of Python's objects, about, beside their letters."""
 
 
@@ -26,8 +27,13 @@ class Known:
     complete: bool
 
 
-Key = tuple[str, str, Search, str]
-"""(id of the version, task, what was asked, query)"""
+Key = tuple[str, str, bytes, str]
+"""(id of the version, task, digest of what was asked, query)"""
+
+
+def digest(search: Search) -> bytes:
+    """Stands for it in keys: as short for the longest lists of pages."""
+    return hashlib.sha256(repr(search).encode()).digest()
 
 
 class Answers:
@@ -49,7 +55,5 @@ class Answers:
 
 
 def _size(key: Key, known: Known) -> int:
-    _, _, search, text = key
-    letters = len(text) + sum(len(hit.title) + len(hit.text or "") for hit in known.hits)
-    pages = len(search.only_pages or ()) + len(search.without_pages)
-    return HIT_BYTES * (1 + len(known.hits)) + ID_BYTES * pages + letters
+    letters = len(key[-1]) + sum(len(hit.title) + len(hit.text or "") for hit in known.hits)
+    return HIT_BYTES * (1 + len(known.hits)) + letters

@@ -27,7 +27,7 @@ from ray.serve.handle import DeploymentHandle
 
 from serve.alias_schema import AliasesResponse, AliasRequest, AliasResponse
 from serve.aliases import Aliases
-from serve.answers import Answers, Known
+from serve.answers import Answers, Known, digest
 from serve.arguments import ServeArgs
 from serve.asks import FoundAll, Search
 from serve.deployments import Encoder, Shard
@@ -165,7 +165,8 @@ class Api:
         only = None if request.only_pages is None else tuple(sorted(set(request.only_pages)))
         without = tuple(sorted(set(request.without_pages)))
         search = Search(request.top_k, request.level, request.with_text, only, without, request.fused)
-        keys = [(served.version.id, request.task, search, text) for text in texts]
+        asked_for = digest(search)
+        keys = [(served.version.id, request.task, asked_for, text) for text in texts]
         answers = {number: known for number, key in enumerate(keys) if (known := self._answers.get(key))}
         asked = [number for number in range(len(texts)) if number not in answers]
         found = None

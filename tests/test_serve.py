@@ -391,6 +391,9 @@ def test_an_answer_is_kept_unless_it_is_partial(folder: Path) -> None:
     for other in ({"top_k": 3}, {"with_text": True}, {"level": "passage"}, {"only_pages": ["0"]}):
         with pytest.raises(ShardsLostError):
             ask(**other)
+    api._dispatch._encoder = Unreachable(found(set()))
+    ask(without_pages=["9" * 100_000])
+    assert max(len(repr(key)) for key in api._answers._held) < 1000, "however long the pages' ids are"
     api._dispatch._encoder = Unreachable(found({1}))
     assert ask(top_k=5).time.cached_queries == 0
     assert ask(top_k=5).time.cached_queries == 0

@@ -21,7 +21,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from serve import deployments, guard, keys, remote
 from serve.admission import Admission, Overloaded, query_tokens
-from serve.answers import Answers, Known
+from serve.answers import Answers, Known, digest
 from serve.asks import Search, Version
 from serve.batching import Batcher, LateError
 from serve.deployments import Versions, _cuts
@@ -432,7 +432,7 @@ def test_a_replica_that_opens_a_version_for_long_goes_on_to_say_that_it_is_there
 
 
 def test_answers_are_kept_within_their_bytes() -> None:
-    search = Search(1, "page", False)
+    search = digest(Search(1, "page", False))
 
     def known(letters: int) -> Known:
         return Known([Hit(1, "0", 1.0, "0", "t" * letters, None)], False, True)
