@@ -20,7 +20,7 @@ from taskspec.data.rows import RowStore
 from taskspec.errors import ArtifactError, ConfigError, PlacementError, RecallError
 from taskspec.index import build
 from taskspec.index.embed import EmbedPassages
-from taskspec.index.golden import GOLDEN_FILE, read_golden
+from taskspec.index.golden import GOLDEN_FILE, GoldenQuery, read_golden
 from taskspec.index.manifest import KIND, PASSAGE_COLUMNS, PASSAGES_FILE, IndexManifest
 from taskspec.index.shard import load_shard
 from taskspec.model.contract import Contract
@@ -155,6 +155,16 @@ def test_the_index_carries_golden_queries(folder: Path, built: dict[str, Any], t
     (tmp_path / "golden.jsonl").write_text(golden[0].model_dump_json() + "\n{}\n", encoding="utf-8")
     with pytest.raises(ArtifactError, match=r"golden\.jsonl line 2: is no golden query; build the index again"):
         read_golden(tmp_path / "golden.jsonl")
+
+
+def test_golden_queries_keep_every_letter(tmp_path: Path) -> None:
+    """Also those that Python takes for ends of lines; and a file may be empty."""
+    path = tmp_path / "golden.jsonl"
+    golden = [GoldenQuery(task="nq", query=f"a{letter}b", gold_pages=()) for letter in "\n\r\x85\u2028\u2029\v"]
+    path.write_text("".join(one.model_dump_json() + "\n" for one in golden), encoding="utf-8")
+    assert read_golden(path) == golden
+    path.write_text("")
+    assert read_golden(path) == []
 
 
 def test_a_retriever_opens_what_the_job_built(folder: Path, built: dict[str, Any]) -> None:

@@ -44,9 +44,10 @@ def write_golden(path: Path, prepared: PreparedData, tasks: Iterable[str]) -> No
 def read_golden(path: Path) -> list[GoldenQuery]:
     """Raises: ArtifactError naming the line that is none."""
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            found.append(GoldenQuery.model_validate(json.loads(line)))
-        except ValueError as error:
-            raise ArtifactError(f"{path} line {number}: is no golden query; build the index again") from error
+    with path.open(encoding="utf-8") as lines:  # which end at \n: splitlines ends them at U+2028 in a query, too
+        for number, line in enumerate(lines, start=1):
+            try:
+                found.append(GoldenQuery.model_validate(json.loads(line)))
+            except ValueError as error:
+                raise ArtifactError(f"{path} line {number}: is no golden query; build the index again") from error
     return found
