@@ -1,6 +1,7 @@
 """Approximate shards: their size, what they find of the exact answer, and how hard they have to try."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import get_args
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from taskspec.errors import ArtifactError
 from taskspec.index.checks import require_own_rows
 from taskspec.index.kinds import KINDS, lists, subquantizers
-from taskspec.index.recall import MeasuredRecall, Recall, exact_answers, interval, measure, shares_found
+from taskspec.index.recall import MeasuredRecall, Recall, exact_answers, interval, measure, right_rows, shares_found
 from taskspec.index.shard import Results, load_shard, make_shard, merge_top_k
 from taskspec.sections import KindName
 
@@ -147,6 +148,38 @@ def test_an_interval_holds_its_share_and_narrows_with_queries(share: float, quer
     assert share - 1e-9 <= high <= 1
     wider = interval(share, max(1, queries // 2))
     assert high - low <= wider[1] - wider[0] + 1e-9
+
+
+@pytest.mark.parametrize("copies", [20, 60, 200])
+@pytest.mark.parametrize("name", ["flat", "fp16", "sq8"])
+def test_of_passages_that_are_copies_any_may_be_found(name: KindName, copies: int, vectors: np.ndarray) -> None:
+    """All of them stand among the best 10 of queries near them, so some do not come in."""
+    copied = np.random.default_rng(5).permutation(ROWS)[:copies]
+    vectors_ND = vectors.copy()
+    vectors_ND[copied] = vectors_ND[copied[0]]
+    queries_BD = normalized(vectors_ND[copied[:1]] + 0.01 * np.random.default_rng(6).standard_normal((20, DIMENSION)))
+    starts = range(0, ROWS, 1000)
+    parts = [make_shard(name, vectors_ND[start : start + 1000], start) for start in starts]
+    right = right_rows([exact_answers(vectors_ND[start : start + 1000], start, queries_BD, 10) for start in starts], 10)
+    assert np.isin(copied, right[0]).all()
+
+    def search(queries_BD: np.ndarray, top_k: int, effort: int | None) -> Results:
+        return merge_top_k([part.search(queries_BD, top_k, effort) for part in parts], top_k)
+
+    assert measure(name, search, {"nq": queries_BD}, {"nq": right}, at=10, wanted=0.95).tasks["nq"].value == 1.0
+
+
+@given(rows=st.integers(1, 90), count=st.integers(1, 3), top_k=st.integers(1, 12), seed=st.integers(0, 2**16))
+def test_the_rows_that_are_right_are_all_that_reach_the_last_of_the_best(
+    rows: int, count: int, top_k: int, seed: int
+) -> None:
+    some = np.random.default_rng(seed)
+    vectors_ND, queries_BD = (some.choice((-1, 0, 1), (n, 3)).astype(np.float32) for n in (rows, 4))
+    cuts = sorted({number * rows // count for number in range(count + 1)})
+    parts = [exact_answers(vectors_ND[a:b], a, queries_BD, top_k) for a, b in pairwise(cuts)]
+    for scores_N, right_R in zip(queries_BD @ vectors_ND.T, right_rows(parts, top_k), strict=True):
+        reach = np.flatnonzero(scores_N >= np.sort(scores_N)[-min(top_k, rows)])
+        assert sorted(right_R[right_R >= 0].tolist()) == reach.tolist()
 
 
 def test_each_task_gets_the_least_effort_that_reaches_the_wanted_recall() -> None:

@@ -37,7 +37,7 @@ from taskspec.index.lexical import Lexical
 from taskspec.index.manifest import KIND, LEXICAL_FOLDER, PASSAGE_COLUMNS, PASSAGES_FILE, IndexManifest, ShardFile
 from taskspec.index.page_ids import PageIds
 from taskspec.index.plan import require_memory
-from taskspec.index.recall import MeasuredRecall, exact_answers, measure
+from taskspec.index.recall import MeasuredRecall, exact_answers, measure, right_rows
 from taskspec.index.shard import Results, load_shard, make_shard, merge_top_k
 from taskspec.machine import own_cpus, own_memory
 from taskspec.model.contract import Contract
@@ -297,17 +297,15 @@ def measure_recall(source: Source, plan: Sequence[PlannedShard]) -> MeasuredReca
         max_norm = artifact.manifest.facts["max_norm"]
         shards.append(load_shard(artifact.folder / SHARD_FILE, index.kind, planned.row_start, max_norm))
         parts.append(np.load(artifact.folder / EXACT_FILE))
-    exact = {
-        task: merge_top_k(
-            [Results(part[f"{task}.scores"], part[f"{task}.rows"]) for part in parts], index.recall_at
-        ).rows_BK
+    right = {
+        task: right_rows([Results(part[f"{task}.scores"], part[f"{task}.rows"]) for part in parts], index.recall_at)
         for task in source.dev_queries
     }
 
     def search(queries_BD: np.ndarray, top_k: int, effort: int | None) -> Results:
         return merge_top_k([shard.search(queries_BD, top_k, effort) for shard in shards], top_k)
 
-    found = measure(index.kind, search, source.dev_queries, exact, at=index.recall_at, wanted=index.recall)
+    found = measure(index.kind, search, source.dev_queries, right, at=index.recall_at, wanted=index.recall)
     short = {task: one for task, one in found.tasks.items() if index.kind != "flat" or one.value < 1}
     if found.tasks and not short:
         print(f"index: the dev queries of every task find all of the exact best {index.recall_at}", flush=True)

@@ -1,11 +1,11 @@
 """How much of the exact answer an approximate index finds, task by task, and how hard its searches must try for it.
 
-Path: shards, exact answers of the task's own dev queries → [here] → manifest.  B queries of a task, K results, N
-passages of a shard, D the embedding's dimension.
+Path: shards, exact answers of the task's own dev queries → [here] → manifest.  B queries of a task, K results, R rows
+that are right, N passages of a shard, D the embedding's dimension.
 
 Exact answers are taken shard by shard, while a shard's embeddings are still in memory, and merged as results are. So
 recall is measured against all passages, by queries as users ask them and not by passages, and nothing is embedded
-twice. No Ray and no files in here.
+twice. Passages may be copies of each other: whichever of equal ones is found, it is right. No Ray and no files in here.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import faiss
 import numpy as np
 
 from taskspec.index.kinds import KINDS
-from taskspec.index.shard import Results
+from taskspec.index.shard import SPARE, Results, merge_top_k, row_scores
 from taskspec.sections import KindName, Section
 
 Z_95 = 1.959964
 """Of the normal distribution's two-sided 95%."""
+MOST_EQUALS = 10_000
+"""Rows of a shard beyond the best K that are looked at for scores equal to the last of those."""
 
 
 class Recall(Section):
@@ -60,14 +62,40 @@ class MeasuredRecall(Section):
 
 
 def exact_answers(embeddings_ND: np.ndarray, row_start: int, queries_BD: np.ndarray, top_k: int) -> Results:
-    """The best rows of a shard by plain products in fp32, ties in any order."""
-    scores_BK, rows_BK = faiss.knn(
-        np.ascontiguousarray(queries_BD, dtype=np.float32),
-        np.ascontiguousarray(embeddings_ND, dtype=np.float32),
-        min(top_k, len(embeddings_ND)),
-        metric=faiss.METRIC_INNER_PRODUCT,
-    )
-    return Results(scores_BK, rows_BK + row_start)
+    """The best rows of a shard, and every other row that scores as the last of them; scores as a `FlatShard` has them.
+
+    Returns: as many columns as the query with most equals needs; row −1 with score −inf fills up.
+    """
+    embeddings_ND = np.ascontiguousarray(embeddings_ND, dtype=np.float32)
+    queries_BD = np.ascontiguousarray(queries_BD, dtype=np.float32)
+    found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    asked_B = np.arange(len(queries_BD))
+    for more in (SPARE, MOST_EQUALS):
+        width = min(top_k + more, len(embeddings_ND))
+        _, rows_BF = faiss.knn(queries_BD[asked_B], embeddings_ND, width, metric=faiss.METRIC_INNER_PRODUCT)
+        equal = []
+        for number, rows_F in zip(asked_B.tolist(), rows_BF, strict=True):
+            scores_F = row_scores(embeddings_ND, queries_BD[number], rows_F)
+            right_F = scores_F >= np.sort(scores_F)[-min(top_k, width)]
+            found[number] = scores_F[right_F], rows_F[right_F]
+            if right_F.all() and width < len(embeddings_ND):
+                equal.append(number)  # there may be more of them than were looked at
+        asked_B = np.array(equal, dtype=np.int64)
+        if not equal:
+            break
+    columns = max(len(rows) for _, rows in found.values())
+    scores_BR = np.full((len(queries_BD), columns), -np.inf, dtype=np.float32)
+    rows_BR = np.full((len(queries_BD), columns), -1, dtype=np.int64)
+    for number, (scores, rows) in found.items():
+        scores_BR[number, : len(rows)], rows_BR[number, : len(rows)] = scores, rows + row_start
+    return Results(scores_BR, rows_BR)
+
+
+def right_rows(parts: Sequence[Results], top_k: int) -> np.ndarray:
+    """(B, R): of all shards' exact answers those that score no less than the last of the best `top_k`; −1 fills up."""
+    scores_BR, rows_BR = merge_top_k(parts, sum(part.rows_BK.shape[1] for part in parts))
+    last_B1 = scores_BR[:, :top_k][:, -1:]
+    return np.where(scores_BR >= last_B1, rows_BR, -1)
 
 
 def interval(share: float, queries: int) -> tuple[float, float]:
@@ -82,9 +110,10 @@ def interval(share: float, queries: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def shares_found(found_BK: np.ndarray, exact_BK: np.ndarray) -> np.ndarray:
-    """(B,): which share of each query's exact rows was found."""
-    return np.array([np.isin(exact, found).mean() for found, exact in zip(found_BK, exact_BK, strict=True)])
+def shares_found(found_BK: np.ndarray, right_BR: np.ndarray) -> np.ndarray:
+    """(B,): which share of the K rows found for each query is right; row −1 is not."""
+    pairs = zip(found_BK, right_BR, strict=True)
+    return np.array([(np.isin(found, right) & (found >= 0)).mean() for found, right in pairs])
 
 
 Search = Callable[[np.ndarray, int, int | None], Results]
@@ -95,7 +124,7 @@ def measure(
     kind: KindName,
     search: Search,
     queries: Mapping[str, np.ndarray],
-    exact: Mapping[str, np.ndarray],
+    right: Mapping[str, np.ndarray],
     *,
     at: int,
     wanted: float,
@@ -105,13 +134,13 @@ def measure(
     Where there is a choice, every other query makes it and the rest measure what it gives; a single query, and a kind
     without a choice, does both.
 
-    Args: queries: task → (B, D), B ≥ 1. exact: task → (B, K) rows of the exact answers, K = `at` or all there are.
+    Args: queries: task → (B, D), B ≥ 1. right: task → (B, R) `right_rows`.
     """
     efforts: Sequence[int | None] = KINDS[kind].efforts or (None,)
 
     def share(task: str, part: slice, effort: int | None) -> float:
         found = search(queries[task][part], at, effort)
-        return float(shares_found(found.rows_BK, exact[task][part]).mean())
+        return float(shares_found(found.rows_BK, right[task][part]).mean())
 
     tasks = {}
     for task, queries_BD in queries.items():

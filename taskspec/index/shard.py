@@ -179,15 +179,22 @@ class FlatShard(Shard):
         return np.asarray(numbers, dtype=np.int64)
 
     def _scores(self, query_D: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        """float32 scores. Products of float32 are exact in float64 and each row is summed by itself, so a score does
-        not depend on which other rows are asked for."""
         vectors_ND = faiss.rev_swig_ptr(self.index.get_xb(), self.rows * self.index.d).reshape(self.rows, -1)
-        query_D = query_D.astype(np.float64)
-        pieces = [
-            (vectors_ND[numbers[start : start + RESCORED_ROWS]] * query_D).sum(axis=1)
-            for start in range(0, len(numbers), RESCORED_ROWS)
-        ]
-        return np.concatenate(pieces).astype(np.float32)
+        return row_scores(vectors_ND, query_D, numbers)
+
+
+def row_scores(vectors_ND: np.ndarray, query_D: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """float32 scores of some rows.
+
+    Products of float32 are exact in float64 and each row is summed by itself, so a score does not depend on which other
+    rows are asked for.
+    """
+    query_D = query_D.astype(np.float64)
+    pieces = [
+        (vectors_ND[numbers[start : start + RESCORED_ROWS]] * query_D).sum(axis=1)
+        for start in range(0, len(numbers), RESCORED_ROWS)
+    ]
+    return np.concatenate(pieces).astype(np.float32)
 
 
 class ApproximateShard(Shard):
