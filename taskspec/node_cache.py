@@ -104,7 +104,7 @@ def _remove(place: Path) -> int:
     with suppress(FileNotFoundError):  # another process takes it away too
         freed = sum(one.stat().st_size for one in place.rglob("*") if one.is_file() and one.stat().st_nlink == 1)
     shutil.rmtree(place, ignore_errors=True)
-    for content in (folder() / "files").iterdir():
+    for content in (folder() / "files").glob("*"):  # there is none yet where all artifacts are local
         if content.suffix != ".lock" and _is_old(content):
             freed += _remove_content(content)
     return freed

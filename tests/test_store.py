@@ -320,6 +320,16 @@ def test_a_full_disk_makes_the_cache_give_way_longest_unopened_first(s3_bucket, 
     assert publish(old, a="12345678", b=old).folder == folders[old]
 
 
+def test_a_cache_of_local_artifacts_gives_way_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("TASKSPEC_CACHE", str(tmp_path))
+    old = node_cache.entry("rows", "old")
+    (old / "passages.arrow").write_text("rows")
+    age(old, hours=30)
+    monkeypatch.setattr(node_cache.shutil, "disk_usage", lambda _: Disk(total=1000, free=0))
+    node_cache.make_room(1)
+    assert not old.exists()
+
+
 def test_an_altered_file_in_the_cache_is_fetched_again(s3_bucket):
     uri = store.join(s3_bucket, "spoiled")
     cached = publish(uri, a="spoiled in the cache").folder / "sub" / "a"
