@@ -239,6 +239,13 @@ def test_a_deadline_bounds_the_wait_for_a_turn(server):
     assert server.requests == []
 
 
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_an_error_names_the_address_that_was_asked(server, ask, slash):
+    server.before = [refusal(422)]
+    with pytest.raises(EndpointError, match=rf"^POST {server.url}/aliased/retrieve: 422: no"):
+        ask(f"{server.url}/aliased{slash}", lambda client: client.retrieve("who", "nq"))
+
+
 def test_an_endpoint_that_is_not_there_is_named(ask):
     with pytest.raises(EndpointError, match=r"/retrieve: no answer in time.*is the endpoint there") as caught:
         ask("http://127.0.0.1:9", lambda client: client.retrieve("who", "nq"), timeout_s=0.5)

@@ -99,7 +99,7 @@ class Client:
         return answer
 
     def _call(self, method: str, path: str, deadline: float, **content: Any) -> Any:
-        attempts = _Attempts(f"{method} {self._http.base_url.join(path)}", deadline)
+        attempts = _Attempts(f"{method} {_url(self._http, path)}", deadline)
         for left_s in attempts:
             if not self._turn.acquire(timeout=left_s):
                 raise attempts.late("waiting for its turn")
@@ -193,7 +193,7 @@ class AsyncClient:
             return error
 
     async def _call(self, method: str, path: str, deadline: float, **content: Any) -> Any:
-        attempts = _Attempts(f"{method} {self._http.base_url.join(path)}", deadline)
+        attempts = _Attempts(f"{method} {_url(self._http, path)}", deadline)
         for left_s in attempts:
             try:
                 await asyncio.wait_for(self._turn.acquire(), left_s)
@@ -291,6 +291,11 @@ class _Attempts:
         return EndpointError(
             text, status=last.status, type=last.type, param=last.param, code=last.code, request_id=last.request_id
         )
+
+
+def _url(http: httpx.Client | httpx.AsyncClient, path: str) -> str:
+    """Where httpx sends a request: below the path that the endpoint's own address may have."""
+    return str(http.base_url).rstrip("/") + path
 
 
 def _limits(concurrency: int) -> httpx.Limits:
