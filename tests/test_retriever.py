@@ -211,6 +211,13 @@ def test_an_id_longer_than_any_of_the_index_costs_no_copy_of_its_ids() -> None:
     assert most < 1_000_000, "of 20 million bytes"
 
 
+def test_a_passage_is_read_by_its_id_whatever_else_is_asked(retriever: Retriever) -> None:
+    found = retriever._catalog.passage("30:1")
+    assert found == {"passage_id": "30:1", "wikipedia_id": "30", "title": "Phobos", "text": "dust"}
+    for unknown in ("30:2", "30:01", "30", ":1", "30:", "30:-1", "30:²", "30:" + 5000 * "9"):
+        assert retriever._catalog.passage(unknown) is None
+
+
 def test_no_queries_no_answers(retriever: Retriever) -> None:
     assert retriever.search([], "nq") == []
 

@@ -223,7 +223,8 @@ class Catalog:
         """passage_id, wikipedia_id, title and text of one passage; None if there is none of that id."""
         wikipedia_id, _, number = passage_id.rpartition(":")
         rows = self._rows_of(self._ids.find([wikipedia_id]))
-        if not number.isdecimal() or int(number) >= len(rows):
+        # Python reads no number of thousands of digits.
+        if not number.isdecimal() or len(number) > len(str(len(rows))) or int(number) >= len(rows):
             return None
         found = self._passages.take([rows[int(number)]], ["passage_id", "wikipedia_id", "title", "text"])
         return {name: values[0] for name, values in found.items()} if found["passage_id"] == [passage_id] else None
