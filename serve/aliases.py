@@ -317,9 +317,11 @@ async def golden_precision(encoder: DeploymentHandle, served: Served, of: Served
             texts = [query.query for query in part]
             tokens = [query_tokens([text], tasks[task].max_query_tokens) for text in texts]
             top_k = max(len(set(pages)) for query in part for pages in query.gold_pages)
-            answer: FoundAll | None = await encoder.run.remote(
-                served.version, task, texts, tokens, Search(max(1, top_k), "page", False), GOLDEN_TIMEOUT_S
-            )
+            search = Search(max(1, top_k), "page", False)
+            call = encoder.run.remote(served.version, task, texts, tokens, search, GOLDEN_TIMEOUT_S)
+            answer: FoundAll | None = None
+            with suppress(TimeoutError):  # Serve waits for ever while no encoder is there
+                answer = await asyncio.wait_for(call, GOLDEN_TIMEOUT_S)
             if answer is None or answer.failed:
                 raise Conflict(f"version {served.version.id} does not answer golden queries from every shard in time")
             for query, hits in zip(part, answer.hits, strict=True):

@@ -1,5 +1,6 @@
 """Changing what is served while it is served: trials, flips, pilots, shadows, and what is refused."""
 
+import asyncio
 import hashlib
 import json
 import shutil
@@ -7,12 +8,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 from small_index import GOLDEN, TITLES, best_page, configuration, publish_index, publish_model, serving
 
+from serve import aliases
 from serve.alias_file import AliasFile
 from serve.arguments import ServeArgs
 from serve.errors import Conflict
@@ -225,6 +228,15 @@ def test_of_two_endpoints_that_change_an_alias_one_wins(folder: Path, s3_bucket:
         assert again.table == Table(2, b, opened=(a.version,))
         with pytest.raises(Conflict):
             first.write(Table(2, a))
+
+
+def test_a_trial_without_an_encoder_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve keeps a call for as long as no replica is there to take it."""
+    monkeypatch.setattr(aliases, "GOLDEN_TIMEOUT_S", 0.05)
+    served = open_version(str(folder / "a"), str(folder / "index-a"))
+    nobody = SimpleNamespace(run=SimpleNamespace(remote=lambda *_: asyncio.sleep(60)))
+    with pytest.raises(Conflict, match=f"version {served.version.id} does not answer golden queries from every shard"):
+        asyncio.run(aliases.golden_precision(nobody, served, served))
 
 
 def test_a_version_whose_index_was_built_anew_is_refused(folder: Path, tmp_path: Path) -> None:
