@@ -30,6 +30,8 @@ MOST_SHADOWS = 4
 """Requests of one HTTP replica that are asked of two versions at the same time."""
 READY_TIMEOUT_S = 5.0
 """How long a query may take to come back from every shard."""
+READY_KEPT_S = 1.0
+"""How long an answer to that stays one: asking takes no key, and each time costs a search."""
 
 Answer = TypeVar("Answer")
 
@@ -44,6 +46,10 @@ class Dispatch:
         self._admission = Admission(limits.tokens_under_way)
         self._table: Table | None = None
         self._shadows: set[asyncio.Task[None]] = set()
+        self._readying = asyncio.Lock()
+        self._asked_ready = -READY_KEPT_S
+        self._missing: str | None = None
+        """Why it was not ready then."""
 
     async def start(self) -> None:
         """Waits for the first table, and follows `Aliases` from then on.
@@ -99,16 +105,25 @@ class Dispatch:
         return found
 
     async def require_ready(self) -> None:
-        """Raises: HTTPException (503) unless a query comes back from every shard in time."""
+        """Raises: HTTPException (503) unless a query comes back from every shard in time, or did a moment ago."""
+        async with self._readying:
+            if time.monotonic() - self._asked_ready >= READY_KEPT_S:
+                self._missing = await self._ask_ready()
+                self._asked_ready = time.monotonic()
+        if self._missing:
+            raise HTTPException(503, f"{self._missing}; ask again, or see the Serve status")
+
+    async def _ask_ready(self) -> str | None:
+        """What is missing; None if a query comes back from every shard in time."""
         served = self.table.current
         search = Search(1, "passage", False)
         try:
             found = await self._run(served, served.contract.tasks[0], ["ready"], search, READY_TIMEOUT_S)
-        except (RayActorError, RayServeException, ShardsLostError) as error:
-            raise HTTPException(503, "no retriever answers; ask again, or see the Serve status") from error
-        if found is None or found.failed:
-            missing = "in time" if found is None else f"from shards {sorted(found.failed)}"
-            raise HTTPException(503, f"no answer {missing}; ask again, or see the Serve status")
+        except (RayActorError, RayServeException, ShardsLostError):
+            return "no retriever answers"
+        if found is None:
+            return "no answer in time"
+        return f"no answer from shards {sorted(found.failed)}" if found.failed else None
 
     def start_shadow(
         self, table: Table, task: str, texts: list[str], search: Search, hits: Sequence[Sequence[Hit]]

@@ -21,6 +21,7 @@ from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from small_index import TEXTS, TITLES, configuration, publish_index, publish_model, serving
 
+from serve import dispatch
 from serve.admission import Overloaded
 from serve.answers import Answers
 from serve.app import Api, Refusal, build
@@ -357,6 +358,29 @@ def test_without_every_shard_the_server_is_not_ready(folder: Path, answer: Found
     assert caught.value.status_code == 503
 
 
+def test_probes_at_the_same_time_and_soon_after_cost_one_search(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    api = api_of(folder, found(set()))
+    asked = []
+
+    async def remote(*arguments: object) -> FoundAll:
+        asked.append(arguments)
+        await asyncio.sleep(0)
+        return found({1} if len(asked) > 1 else set())
+
+    api._dispatch._encoder.remote = remote
+
+    async def run() -> None:
+        for answer in await asyncio.gather(*(api.ready() for _ in range(5))):
+            assert answer.status == "ready"
+        assert len(asked) == 1
+        monkeypatch.setattr(dispatch, "READY_KEPT_S", 0.0)
+        with pytest.raises(HTTPException, match=r"no answer from shards \[1\]"):
+            await api.ready()
+        assert len(asked) == 2
+
+    asyncio.run(run())
+
+
 def test_a_part_of_the_index_answers_only_where_that_is_allowed(folder: Path) -> None:
     def ask(failed: set[int], allow_partial: bool, **args: Any) -> RetrieveResponse:
         request = RetrieveRequest(query="Io", task="nq", allow_partial=allow_partial)
@@ -527,9 +551,9 @@ def test_what_the_tokenizer_cannot_do_for_one_request_fails_none_beside_it(folde
 
 def test_a_call_that_hangs_ends_with_the_longest_time_that_a_request_may_take() -> None:
     async def run() -> None:
-        dispatch = Dispatch(Limits(timeout_ms=20), None, None)
-        assert await dispatch.within(asyncio.sleep(0, "there")) == "there"
+        calls = Dispatch(Limits(timeout_ms=20), None, None)
+        assert await calls.within(asyncio.sleep(0, "there")) == "there"
         with pytest.raises(Late, match="no answer within 20 ms; ask again"):
-            await dispatch.within(asyncio.sleep(60))
+            await calls.within(asyncio.sleep(60))
 
     asyncio.run(asyncio.wait_for(run(), 30))
