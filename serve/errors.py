@@ -24,7 +24,7 @@ from serve.schema import EmbedRequest, Error, ErrorResponse, OpenAIRequest, Retr
 from taskspec.errors import RequestError, TaskspecError
 
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 405, 409, 413, 422, 429, 500, 503, 504)
+    status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 405, 408, 409, 413, 422, 429, 500, 503, 504)
 }
 """What `/docs` says of errors."""
 BODIES: dict[str, type[BaseModel]] = {

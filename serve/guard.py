@@ -25,6 +25,8 @@ OPEN_PATHS = frozenset({"/", "/health", "/ready", "/docs", "/openapi.json"})
 """What needs no key: what probes ask, and pages that hold nothing."""
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+BODY_TIMEOUT_S = 60.0
+"""How long a body may take to come, all of it: meanwhile its request takes one of the places of a replica."""
 CLIENT_GONE = 499
 """In the log and the metrics, as other servers count it: nobody waits for the answer any more."""
 
@@ -145,16 +147,24 @@ class GuardMiddleware:
 
 
 class _Limited:
-    """Counts what is received, whatever Content-Length says."""
+    """Counts what is received, whatever Content-Length says, and how long it takes to come."""
 
     def __init__(self, receive: Receive, most: int) -> None:
         self._receive, self._left, self._limited = receive, most, most > 0
+        self._ends: float | None = time.monotonic() + BODY_TIMEOUT_S
+        """None once the body is there: what comes then is that the client leaves, or never."""
 
     async def __call__(self) -> Message:
-        message = await self._receive()
-        if self._limited and message["type"] == "http.request":
+        left_s = None if self._ends is None else self._ends - time.monotonic()
+        try:
+            message = await asyncio.wait_for(self._receive(), left_s)
+        except TimeoutError as error:
+            raise HTTPException(408, f"the body did not come within {BODY_TIMEOUT_S:g} s; send it again") from error
+        if message["type"] == "http.request":
+            if not message.get("more_body", False):
+                self._ends = None
             self._left -= len(message.get("body", b""))
-            if self._left < 0:
+            if self._limited and self._left < 0:
                 raise HTTPException(413, _too_long().message)
         return message
 

@@ -36,7 +36,7 @@ class Request(Model):
 def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, list):
+    elif isinstance(value, list | dict):
         for one in value:
             yield from _strings(one)
 

@@ -21,6 +21,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from serve import deployments, guard, keys, remote
 from serve.admission import Admission, Overloaded, query_tokens
+from serve.alias_schema import AliasRequest
 from serve.answers import Answers, Known, digest
 from serve.asks import Search, Version
 from serve.batching import Batcher, LateError
@@ -255,6 +256,49 @@ def test_a_body_over_the_limit_is_refused_whatever_its_header_says(client: TestC
         refused = client.post("/echo/nq", content=content, headers={"content-type": "application/json"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (413, "body")
         assert refused.json()["error"]["message"].startswith("the body is longer than 20 bytes (limits.body_bytes)")
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "BODY_TIMEOUT_S", 0.05)
+    guard.configure(guard.Settings(body_bytes=20))
+    sent = []
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(0.02)  # always a little more, and never the end
+        return {"type": "http.request", "body": b"", "more_body": True}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/echo/nq", "query_string": b"", "headers": headers}
+    asyncio.run(asyncio.wait_for(client.app(scope, receive, send), 10))
+    assert (sent[0]["status"], json.loads(sent[1]["body"])["error"]["type"]) == (408, "invalid_request")
+    assert b"the body did not come within 0.05 s; send it again" in sent[1]["body"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("/aliases/live", {"shares": {"\ud800": 101}}, "shares: holds half of a surrogate pair"),
+        ("/aliases/live", {"shares": {"\ud800": "all"}}, "shares: Input should be a valid integer"),
+        ("/aliases/live", {"\ud800": 1}, "Input should be a valid string, unable to"),
+    ],
+)
+def test_half_of_a_surrogate_pair_is_refused_wherever_it_stands(path: str, body: dict[str, Any], message: str) -> None:
+    app = FastAPI()
+    answer_errors(app)
+    app.add_middleware(guard.GuardMiddleware)
+
+    @app.put("/aliases/{name}")
+    async def change(name: str, request: AliasRequest) -> None: ...
+
+    content = json.dumps({"checkpoint": "c", "index": "i", "expected": "e"} | body)
+    response = TestClient(app, raise_server_exceptions=False).put(
+        path, content=content, headers={"content-type": "application/json"}
+    )
+    assert response.status_code == 422, response.text
+    assert response.json()["error"]["message"].startswith(message)
 
 
 def test_every_request_leaves_one_line_and_one_count(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
