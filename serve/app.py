@@ -32,7 +32,7 @@ from serve.arguments import ServeArgs
 from serve.asks import FoundAll, Search
 from serve.deployments import Encoder, Shard
 from serve.dispatch import Dispatch
-from serve.errors import ERROR_RESPONSES, TooLarge, Uncovered, answer_errors
+from serve.errors import ERROR_RESPONSES, Late, TooLarge, Uncovered, answer_errors
 from serve.guard import LOGGING, GuardMiddleware, Settings, configure, seen
 from serve.metrics import Metrics
 from serve.playground import HEADERS, PAGE
@@ -358,16 +358,19 @@ class Api:
         check_request((one.name for one in self._dispatch.table.current.contract.tasks), task, texts, top_k)
 
     def _require_covered(self, served: Served, found: FoundAll, allow_partial: bool) -> None:
-        """Raises: Uncovered."""
+        """Raises: Uncovered; Late where only the request's time was too short for shards."""
         coverage = self._coverage(served, found)
         if coverage.full:
             return
         counts = coverage.shards
-        missing = f"{counts.failed} of {counts.total} shards do not answer"
+        late = found.failed == found.late
+        missing = f"{counts.failed} of {counts.total} shards do not answer" + (" in time" if late else "")
+        again = "ask with a longer timeout_ms" if late else "ask again"
+        refusal = Late if late else Uncovered
         if not allow_partial:
-            raise Uncovered(f"{missing}; ask again, or with allow_partial for an answer from the rest")
+            raise refusal(f"{missing}; {again}, or with allow_partial for an answer from the rest")
         if counts.successful < self._args.min_coverage * counts.total:
-            raise Uncovered(f"{missing}, min_coverage asks for {self._args.min_coverage:g} of them; ask again")
+            raise refusal(f"{missing}, min_coverage asks for {self._args.min_coverage:g} of them; {again}")
 
     def _coverage(self, served: Served, found: FoundAll | None) -> Coverage:
         total = len(served.index.shards)

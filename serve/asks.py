@@ -79,6 +79,8 @@ class Found:
     """Whether a query has as many hits as it asked for, or all there are."""
     failed: frozenset[int]
     """Shard deployments that did not answer."""
+    late: frozenset[int]
+    """Of these, for which only the request's time was too short."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,7 @@ class FoundAll:
     tokens: int
     complete: list[bool]
     failed: frozenset[int]
+    late: frozenset[int]
     last: Batch
     """The batch that the request waited for longest."""
     wait_ms: float

@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 
 class LateError(Exception):
-    """The deadline of an item came before its turn."""
+    """The deadline of an item came before its turn, or its result."""
 
 
 @dataclass(eq=False)

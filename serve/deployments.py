@@ -209,6 +209,7 @@ class Encoder:
             tokens=sum(int(part.embedded.tokens_B.sum()) for part in parts),
             complete=[complete for part in parts for complete in part.complete],
             failed=frozenset().union(*(part.failed for part in parts)),
+            late=frozenset().union(*(part.late for part in parts)),
             last=last,
             wait_ms=(last.began - came) * 1000,
         )
@@ -276,7 +277,7 @@ class Encoder:
         began = time.monotonic()
         first = asks[0]
         if first.search is None:
-            return [Found(one, None, [True] * len(one.tokens_B), frozenset()) for one in embedded]
+            return [Found(one, None, [True] * len(one.tokens_B), frozenset(), frozenset()) for one in embedded]
         model = self._models.get(first.version)
         catalog, search = model.catalog, first.search
         pages = catalog.choose_pages(search.only_pages, search.without_pages)
@@ -301,7 +302,7 @@ class Encoder:
             there_are = min(ask.search.top_k, catalog.count(search.level, pages))
             complete = [not shards.failed and len(each) >= there_are for each in own]
             with_time = replace(one, batch=replace(one.batch, search_ms=search_ms))
-            found.append(Found(with_time, own, complete, frozenset(shards.failed)))
+            found.append(Found(with_time, own, complete, frozenset(shards.failed), frozenset(shards.late)))
         return found
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 
+from serve.batching import LateError
 from taskspec.index.shard import Results, merge_top_k
 
 SHARE_OF_DEADLINE = 0.8
@@ -32,7 +33,7 @@ Call = Callable[..., Awaitable[Results]]
 
 
 class ShardsLostError(Exception):
-    """No shard has answered."""
+    """No shard has answered, or not this one."""
 
 
 class ShardLine:
@@ -49,10 +50,11 @@ class ShardLine:
         """Whether it has not answered of late."""
         return self._probing is not None and not self._probing.done()
 
-    async def ask(self, version: Any, left_s: float, method: str, *arguments: Any) -> Results | None:
-        """Its answer; None if it fails, is not there in time, or has not answered of late."""
+    async def ask(self, version: Any, left_s: float, method: str, *arguments: Any) -> Results:
+        """Its answer.    Raises: LateError if only the request's time was too short; ShardsLostError if it fails, takes
+        longer than any call may, or has not answered of late."""
         if self.broken:
-            return None
+            raise ShardsLostError
         patience_s = min(self._timeout_s, SHARE_OF_DEADLINE * left_s)
         ends = time.monotonic() + patience_s
         for last in (False, True):  # a replica that died is replaced by another
@@ -62,14 +64,15 @@ class ShardLine:
             except (RayActorError, DeploymentUnavailableError) as error:
                 if last:
                     self._break(type(error).__name__)
-            except TimeoutError:
-                if patience_s == self._timeout_s:  # not only the request was in a hurry
-                    self._break(f"no answer in {patience_s:g} s")
+            except TimeoutError as error:
+                if patience_s < self._timeout_s:
+                    raise LateError from error
+                self._break(f"no answer in {patience_s:g} s")
                 break
             except Exception:
                 logger.exception("shard %d fails", self._number)
                 break
-        return None
+        raise ShardsLostError
 
     def _break(self, reason: str) -> None:
         if not self.broken:
@@ -89,7 +92,8 @@ class ShardLine:
 class RemoteShards:
     """Implements `taskspec.retrieve.catalog.Shards`, for a thread beside the event loop.
 
-    Attributes: failed: numbers of the deployments that gave no answer.
+    Attributes: failed: numbers of the deployments that gave no answer. late: of these, for which only the time was too
+        short.
     """
 
     def __init__(
@@ -98,6 +102,7 @@ class RemoteShards:
         """Args: lines: one a deployment. loop: the one that the calls run in. deadline: by the monotonic clock."""
         self._lines, self._loop, self._version, self._deadline = lines, loop, version, deadline
         self.failed: set[int] = set()
+        self.late: set[int] = set()
 
     def search(self, queries_BD: np.ndarray, top_k: int, effort: int | None) -> Results:
         return merge_top_k(self._ask("search", queries_BD, top_k, effort), top_k)
@@ -106,17 +111,23 @@ class RemoteShards:
         return merge_top_k(self._ask("rank", queries_BD, rows), len(rows))
 
     def _ask(self, method: str, *arguments: Any) -> list[Results]:
-        """Raises: ShardsLostError."""
+        """Raises: ShardsLostError, LateError if no shard answers."""
         return asyncio.run_coroutine_threadsafe(self._scatter(method, *arguments), self._loop).result()
 
     async def _scatter(self, method: str, *arguments: Any) -> list[Results]:
         asked = [number for number in range(len(self._lines)) if number not in self.failed]
         left_s = self._deadline - time.monotonic()
-        answers = await asyncio.gather(
-            *(self._lines[number].ask(self._version, left_s, method, *arguments) for number in asked)
-        )
-        results = [answer for answer in answers if answer is not None]
-        self.failed |= {number for number, answer in zip(asked, answers, strict=True) if answer is None}
+        calls = (self._lines[number].ask(self._version, left_s, method, *arguments) for number in asked)
+        results = []
+        for number, answer in zip(asked, await asyncio.gather(*calls, return_exceptions=True), strict=True):
+            if isinstance(answer, Results):
+                results.append(answer)
+            elif isinstance(answer, LateError | ShardsLostError):
+                self.failed.add(number)
+                if isinstance(answer, LateError):
+                    self.late.add(number)
+            else:
+                raise answer
         if not results:
-            raise ShardsLostError("no shard answers")
+            raise LateError if self.failed == self.late else ShardsLostError("no shard answers")
         return results

@@ -338,10 +338,11 @@ def api_of(folder: Path, answer: FoundAll | Exception, **args: Any) -> Any:
     return api
 
 
-def found(failed: set[int], hits: int = 1) -> FoundAll:
+def found(failed: set[int], hits: int = 1, late: set[int] | None = None) -> FoundAll:
     batch = Batch(0.0, 1, 1.0, 1.0)
     hit = Hit(1, "0", 1.0, "0", "Ceres", None)
-    return FoundAll([[hit] * hits], np.zeros((1, 16)), [False], 3, [not failed], frozenset(failed), batch, 0.0)
+    gone = frozenset(failed), frozenset(late or ())
+    return FoundAll([[hit] * hits], np.zeros((1, 16)), [False], 3, [not failed], *gone, batch, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -382,9 +383,10 @@ def test_probes_at_the_same_time_and_soon_after_cost_one_search(folder: Path, mo
 
 
 def test_a_part_of_the_index_answers_only_where_that_is_allowed(folder: Path) -> None:
-    def ask(failed: set[int], allow_partial: bool, **args: Any) -> RetrieveResponse:
+    def ask(failed: set[int], allow_partial: bool, late: set[int] | None = None, **args: Any) -> RetrieveResponse:
         request = RetrieveRequest(query="Io", task="nq", allow_partial=allow_partial)
-        response: RetrieveResponse = asyncio.run(api_of(folder, found(failed), **args).retrieve(request))
+        api = api_of(folder, found(failed, late=late), **args)
+        response: RetrieveResponse = asyncio.run(api.retrieve(request))
         return response
 
     assert ask(set(), False).coverage.full
@@ -397,6 +399,12 @@ def test_a_part_of_the_index_answers_only_where_that_is_allowed(folder: Path) ->
         ask({0}, True, min_coverage=0.6)
     with pytest.raises(Uncovered, match="2 of 2 shards"):
         ask({0}, True, shard_deployments=1)  # both shards are this deployment's
+    # Where only the request's time was too short, sending it again would not help.
+    with pytest.raises(Late, match="1 of 2 shards do not answer in time; ask with a longer timeout_ms, or with allow"):
+        ask({0}, False, late={0})
+    with pytest.raises(Uncovered, match="2 of 2 shards do not answer; ask again"):
+        ask({0, 1}, False, late={0})
+    assert not ask({0}, True, late={0}).coverage.full
 
 
 def test_an_answer_is_kept_unless_it_is_partial(folder: Path) -> None:

@@ -335,7 +335,7 @@ def shards(*calls: Callable[..., Awaitable[Results]], left_s: float = 5.0) -> tu
         query = np.ones((1, 2), dtype=np.float32)
         try:
             return await asyncio.to_thread(remote.search, query, 2, None), remote.failed
-        except ShardsLostError as error:
+        except (ShardsLostError, LateError) as error:
             return error, remote.failed
 
     return asyncio.run(run())
@@ -381,6 +381,14 @@ def test_shards_that_fail_are_left_out_and_told() -> None:
     assert failed == {0}
 
 
+def test_shards_that_only_the_request_has_no_time_for_are_late_and_not_lost() -> None:
+    found, failed = shards(never, never, left_s=0.1)
+    assert isinstance(found, LateError)
+    assert failed == {0, 1}
+    found, _ = shards(never, failing(ValueError("corrupt"), 1, never), left_s=0.1)
+    assert isinstance(found, ShardsLostError), "more time would not help"
+
+
 def test_a_shard_whose_replica_dies_is_asked_again_once() -> None:
     found, failed = shards(failing(ActorDiedError(), 1, answering(5, 1)), answering(7, 2))
     assert isinstance(found, Results)
@@ -406,13 +414,16 @@ def test_a_shard_that_does_not_answer_costs_one_wait_until_it_answers_a_probe(mo
     async def run() -> None:
         line = ShardLine(0, call, ping, timeout_s=0.2)
         # A request that is in a hurry itself says nothing about the shard.
-        assert await line.ask("v", 0.05, "search") is None
+        with pytest.raises(LateError):
+            await line.ask("v", 0.05, "search")
         assert not line.broken
         began = time.monotonic()
-        assert await line.ask("v", 60, "search") is None
+        with pytest.raises(ShardsLostError):
+            await line.ask("v", 60, "search")
         assert 0.15 < time.monotonic() - began < 5
         assert line.broken
-        assert await line.ask("v", 60, "search") is None
+        with pytest.raises(ShardsLostError):
+            await line.ask("v", 60, "search")
         assert len(calls) == 2, "nobody waits for it again"
         back.set()
         while line.broken:
