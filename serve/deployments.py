@@ -51,6 +51,8 @@ ENCODER_CPUS = 0.5
 """Logical CPUs that an encoder reserves unless a configuration says otherwise: little, so that any laptop can serve."""
 CLOSE_AFTER_S = 60.0
 """How long a version that is wanted no more stays open; longer than a request may take by default."""
+RETRY_AFTER_S = 30.0
+"""How long after it failed a version that is still wanted is tried again: what was wrong may have been mended."""
 
 
 class Versions(Generic[Opened]):
@@ -63,6 +65,7 @@ class Versions(Generic[Opened]):
         self._open_one = open_one
         self._opened: dict[str, Opened] = {}
         self._failed: dict[str, str] = {}
+        self._failed_at: dict[str, float] = {}
         self._unwanted: dict[str, float] = {}
         """Since when, by the monotonic clock."""
         self._lock = threading.Lock()
@@ -118,12 +121,15 @@ class Versions(Generic[Opened]):
         wanted = {version.id: version for version in table.versions}
         self._failed = {name: reason for name, reason in self._failed.items() if name in wanted}
         for name, version in wanted.items():
-            if name not in self._opened and name not in self._failed:
+            failed_lately = name in self._failed and time.monotonic() - self._failed_at[name] < RETRY_AFTER_S
+            if name not in self._opened and not failed_lately:
                 try:
                     await asyncio.to_thread(self.get, version)
                 except Exception as error:
                     logger.exception("version %s cannot be opened", name)
-                    self._failed[name] = str(error)
+                    self._failed[name], self._failed_at[name] = str(error), time.monotonic()
+            if name in self._opened:
+                self._failed.pop(name, None)
         now = time.monotonic()
         self._unwanted = {name: self._unwanted.get(name, now) for name in self._opened.keys() - wanted.keys()}
         for name, since in self._unwanted.items():

@@ -29,6 +29,7 @@ from serve.deployments import Versions, _cuts
 from serve.errors import answer_errors
 from serve.keys import Key
 from serve.remote import RemoteShards, ShardLine, ShardsLostError
+from taskspec.errors import StoreError
 from taskspec.index.shard import Results
 from taskspec.retrieve.hits import Hit
 
@@ -484,6 +485,27 @@ def test_a_replica_that_opens_a_version_for_long_goes_on_to_say_that_it_is_there
         following.cancel()
 
     asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_a_version_that_could_not_be_opened_is_tried_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def open_one(version: Version) -> str:
+        tried.append(version.id)
+        if len(tried) == 1:
+            raise StoreError("no connection")
+        return version.id
+
+    async def run() -> None:
+        versions, table = Versions(open_one), SimpleNamespace(versions=[Version("one", "c", "i")])
+        await versions.keep(table)
+        await versions.keep(table)
+        assert (tried, versions._failed) == (["one"], {"one": "no connection"})
+        monkeypatch.setattr(deployments, "RETRY_AFTER_S", 0.0)
+        await versions.keep(table)
+        assert (tried, versions._failed, list(versions._opened)) == (["one", "one"], {}, ["one"])
+
+    asyncio.run(run())
 
 
 def test_answers_are_kept_within_their_bytes() -> None:
