@@ -69,6 +69,7 @@ class Versions(Generic[Opened]):
         self._unwanted: dict[str, float] = {}
         """Since when, by the monotonic clock."""
         self._lock = threading.Lock()
+        self._asked = asyncio.Lock()
 
     def get(self, version: Version) -> Opened:
         """Opens it first where that is new here; safe from threads.    Raises: ArtifactError, StoreError."""
@@ -80,23 +81,40 @@ class Versions(Generic[Opened]):
                 opened = self._opened[version.id]
         return opened
 
+    async def require(self, version: Version) -> None:
+        """Opens it where a request is faster than the table, without keeping other requests from their threads.
+
+        Raises: ArtifactError, StoreError.
+        """
+        if version.id not in self._opened:
+            async with self._asked:
+                await asyncio.to_thread(self.get, version)
+
     async def start(self) -> None:
-        """Opens what is served now, and follows from then on.    Raises: ArtifactError, StoreError."""
+        """`begin` in a replica of Serve."""
         context = serve.get_replica_context()
         aliases = serve.get_deployment_handle("Aliases", context.app_name)
-        table: Table = await aliases.table.remote()
-        await self.keep(table)
-        await asyncio.to_thread(self.get, table.current.version)  # without it the replica must not start
-        say = partial(aliases.follow.remote, context.deployment, context.replica_tag)
-        self._following = asyncio.create_task(self.follow(say, table))
+        await self.begin(partial(aliases.follow.remote, context.deployment, context.replica_tag))
 
-    async def follow(self, say: Callable[..., Awaitable[Table]], table: Table) -> None:
+    async def begin(self, say: Callable[..., Awaitable[Table]]) -> None:
+        """Opens what is served now, and follows from the first moment: a change meanwhile waits for this replica.
+
+        Args: as of `follow`.    Raises: ArtifactError, StoreError.
+        """
+        table = await say(frozenset(), {}, None)
+        opening = asyncio.create_task(self.keep(table))
+        self._following = asyncio.create_task(self.follow(say, table, opening))
+        await opening
+        await asyncio.to_thread(self.get, table.current.version)  # without it the replica must not start
+
+    async def follow(
+        self, say: Callable[..., Awaitable[Table]], table: Table, keeping: asyncio.Task[None] | None = None
+    ) -> None:
         """Says again and again what is open, and opens and closes what the answer asks for, for ever.
 
         Opening takes minutes and goes on beside: a replica that says nothing for long is given up.
-        Args: say: (open ids, failures, table known here) → the table.
+        Args: say: (open ids, failures, table known here) → the table. keeping: what is being opened already.
         """
-        keeping: asyncio.Task[None] | None = None
         while True:
             said = frozenset(self._opened), dict(self._failed)
             saying = asyncio.create_task(_awaited(say(*said, table)))
@@ -199,6 +217,7 @@ class Encoder:
         Raises: ShardsLostError.
         """
         came = time.monotonic()
+        await self._models.require(version)
         asks = [
             (Ask(version, task, tuple(texts[start:stop]), search, came + left_s), sum(tokens[start:stop]))
             for start, stop in _cuts(tokens, self._most_tokens)
@@ -338,6 +357,7 @@ class Shard:
     async def run(self, version: Version, left_s: float, method: str, *arguments: Any) -> Results:
         """`search` or `rank` of `LocalShards`.    Raises: TimeoutError if nobody waits for it any more."""
         deadline = time.monotonic() + left_s
+        await self._versions.require(version)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._searching, self._run, version, deadline, method, arguments)
 

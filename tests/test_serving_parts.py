@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from serve import deployments, guard, keys, remote
 from serve.admission import Admission, Overloaded, query_tokens
 from serve.alias_schema import AliasRequest
+from serve.aliases import Aliases
 from serve.answers import Answers, Known, digest
 from serve.asks import Search, Version
 from serve.batching import Batcher, LateError
@@ -483,6 +485,57 @@ def test_a_replica_that_opens_a_version_for_long_goes_on_to_say_that_it_is_there
             while said[-1] != (["two"], {}):
                 await asyncio.sleep(0.01)
         following.cancel()
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_a_change_waits_for_a_replica_that_is_starting() -> None:
+    """It comes up with what is served when it is up, not with what was when it began."""
+    opening = threading.Event()
+    first, second = Version("one", "c", "i"), Version("two", "c", "i")
+
+    def table(*versions: Version) -> Any:
+        return SimpleNamespace(versions=list(versions), current=SimpleNamespace(version=versions[0]))
+
+    def open_one(version: Version) -> str:
+        assert opening.wait(30)
+        return version.id
+
+    async def run() -> None:
+        aliases = object.__new__(Aliases.func_or_class)
+        aliases._table, aliases._changed, aliases._followers = table(first), asyncio.Condition(), {}
+        both = frozenset({"one", "two"})
+        others = asyncio.create_task(aliases.follow("Encoder", "others", both, {}, aliases._table))
+        versions = Versions(open_one)
+        starting = asyncio.create_task(versions.begin(partial(aliases.follow, "Encoder", "new")))
+        while len(aliases._followers) < 2:
+            await asyncio.sleep(0.01)
+        await aliases._set(table(first, second))
+        change = asyncio.create_task(aliases._opened_everywhere(second))
+        await asyncio.sleep(0.05)
+        assert not starting.done()
+        assert not change.done()
+        opening.set()
+        await asyncio.gather(starting, change, others)
+        assert versions._opened.keys() == both
+        versions._following.cancel()
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_a_version_that_is_opened_for_one_request_keeps_no_other_waiting() -> None:
+    opening = threading.Event()
+    first, second = Version("one", "c", "i"), Version("two", "c", "i")
+
+    async def run() -> None:
+        versions = Versions(lambda version: version.id == "one" or opening.wait(30))
+        await versions.require(first)
+        waiting = [asyncio.create_task(versions.require(second)) for _ in range(100)]
+        await settle()
+        await asyncio.wait_for(versions.require(first), 1)
+        assert await asyncio.wait_for(asyncio.to_thread(versions.get, first), 1), "no thread is missing"
+        opening.set()
+        await asyncio.gather(*waiting)
 
     asyncio.run(asyncio.wait_for(run(), 30))
 
