@@ -353,6 +353,11 @@ class Api:
             raise TooLarge(f"{param} has {len(texts)} queries but a request may hold {limits.queries}", param=param)
         if top_k > limits.top_k:
             raise RequestError(f"top_k is {top_k} but may be {limits.top_k} at most", param="top_k")
+        if len(texts) * top_k > limits.hits:
+            asked = f"{len(texts)} queries with top_k {top_k} ask for {len(texts) * top_k} hits"
+            raise TooLarge(
+                f"{asked} but a request may ask for {limits.hits}; send fewer queries at a time", param="top_k"
+            )
         if timeout_ms is not None and timeout_ms > limits.timeout_ms:
             raise RequestError(f"timeout_ms is {timeout_ms} but may be {limits.timeout_ms} at most", param="timeout_ms")
         check_request((one.name for one in self._dispatch.table.current.contract.tasks), task, texts, top_k)

@@ -22,6 +22,8 @@ class Limits(Section):
     """Most queries that one request may hold."""
     top_k: int = Field(1000, ge=1)
     """Most hits per query."""
+    hits: int = Field(64_000, ge=1)
+    """Most hits that one request may ask for, its queries times top_k: all of them are one answer in memory."""
     chosen_pages: int = Field(10_000, ge=1)
     """Most pages in `only_pages` and `without_pages` together."""
     timeout_ms: int = Field(30_000, ge=1)

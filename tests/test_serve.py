@@ -227,6 +227,7 @@ GOOD = {"query": "Io", "task": "nq"}
         (GOOD | {"top_k": 0}, 422, "top_k", "greater_than_equal", "top_k: Input should be greater than or equal to 1"),
         (GOOD | {"top_k": "5"}, 422, "top_k", "int_type", "top_k: Input should be a valid integer"),
         (GOOD | {"top_k": 1001}, 422, "top_k", "invalid_top_k", "top_k is 1001 but may be 1000 at most"),
+        (GOOD | {"query": ["Io"] * 65, "top_k": 1000}, 413, "top_k", "too_long", "65 queries with top_k 1000 ask for"),
         (GOOD | {"timeout_ms": 30_001}, 422, "timeout_ms", "invalid_timeout_ms", "timeout_ms is 30001 but may be"),
         (GOOD | {"only_pages": ["1"] * 10_001}, 413, "only_pages", "too_long", "only_pages and without_pages name"),
         (GOOD | {"query": "x" * 20_001}, 413, "query", "too_long", "a query has 20001 characters but may have 20000"),
