@@ -98,10 +98,10 @@ class Dispatch:
         """
         (of_task,) = [one for one in served.contract.tasks if one.name == task]
         timeout_ms = timeout_ms or self._limits.timeout_ms
-        with self._admission.admit(query_tokens(texts, of_task.max_query_tokens)):
+        with self._admission.admit(query_tokens(texts, of_task.max_query_tokens), timeout_ms / 1000):
             found = await self._run(served, of_task, texts, search, timeout_ms / 1000)
-        if found is None:
-            raise Late(f"no answer within {timeout_ms} ms; ask for fewer queries, or with a longer timeout_ms")
+            if found is None:
+                raise Late(f"no answer within {timeout_ms} ms; ask for fewer queries, or with a longer timeout_ms")
         return found
 
     async def require_ready(self) -> None:

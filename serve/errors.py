@@ -46,7 +46,7 @@ class TooLarge(RequestError):
     """A request that asks for more at once than the server does."""
 
 
-class Late(Exception):
+class Late(TimeoutError):
     """The request's own deadline has come."""
 
 

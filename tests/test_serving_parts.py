@@ -1,6 +1,7 @@
 """What stands around the model in serving: batches, admission, keys, and what every request passes; without Ray."""
 
 import asyncio
+import heapq
 import json
 import logging
 import threading
@@ -20,10 +21,9 @@ from ray._common.formatters import JSONFormatter  # what Serve formats with if i
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from serve import deployments, guard, keys, remote
+from serve import aliases, deployments, guard, keys, remote
 from serve.admission import Admission, Overloaded, query_tokens
 from serve.alias_schema import AliasRequest
-from serve.aliases import Aliases
 from serve.answers import Answers, Known, digest
 from serve.asks import Search, Version
 from serve.batching import Batcher, LateError
@@ -157,16 +157,16 @@ def test_cuts_cover_all_texts_once_and_keep_to_the_tokens(tokens: list[int], mos
 
 def test_work_over_the_limit_is_refused_and_room_comes_back() -> None:
     admission = Admission(most_tokens=100)
-    with admission.admit(60):
-        with pytest.raises(Overloaded, match="too much work is under way; ask again in 1 s"), admission.admit(41):
+    with admission.admit(60, 1000):
+        with pytest.raises(Overloaded, match="too much work is under way; ask again in 1 s"), admission.admit(41, 1000):
             pytest.fail("there is no room for 41")
-        with admission.admit(40):
+        with admission.admit(40, 1000):
             assert admission.tokens == 100
         assert admission.tokens == 60
     # more than there is room for at all is let in alone
-    with admission.admit(1000), pytest.raises(Overloaded), admission.admit(1):
+    with admission.admit(1000, 1000), pytest.raises(Overloaded), admission.admit(1, 1000):
         pytest.fail("nothing fits beside it")
-    with pytest.raises(ValueError, match="inside"), admission.admit(5):
+    with pytest.raises(ValueError, match="inside"), admission.admit(5, 1000):
         raise ValueError("inside")
     assert admission.tokens == 0
 
@@ -175,14 +175,67 @@ def test_the_time_to_come_back_follows_from_how_fast_work_is_done(monkeypatch: p
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     admission = Admission(most_tokens=100)
-    with admission.admit(50):
+    with admission.admit(50, 1000):
         now[0] += 5  # 10 tokens a second
-    with admission.admit(100), pytest.raises(Overloaded) as caught, admission.admit(75):
+    with admission.admit(100, 1000), pytest.raises(Overloaded) as caught, admission.admit(75, 1000):
         pytest.fail("there is no room")
     assert caught.value.retry_after_s == 8
-    with admission.admit(100), pytest.raises(Overloaded) as caught, admission.admit(1000):
+    with admission.admit(100, 1000), pytest.raises(Overloaded) as caught, admission.admit(1000, 1000):
         pytest.fail("there is no room")
     assert caught.value.retry_after_s == 30
+
+
+def answered_and_late(
+    monkeypatch: pytest.MonkeyPatch, *, clients: int, think_s: float, rate: Callable[[float], float]
+) -> tuple[list[int], list[int], list[int]]:
+    """Second by second, how many queries are answered, late and refused: of 13 tokens and one second each, by a server
+    that takes them in order and drops those that it comes to too late.    Args: rate: second → tokens a second."""
+    now, free_s = [0.0], 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    admission, counts = Admission(100_000), ([0] * 21, [0] * 21, [0] * 21)
+    events: list[tuple[float, int, Any]] = [(think_s * number / clients, number, None) for number in range(clients)]
+    while events[0][0] < 20:
+        now[0], client, inside = heapq.heappop(events)
+        second = int(now[0])
+        if inside is not None:
+            request, deadline = inside
+            late = now[0] >= deadline
+            counts[late][second] += 1
+            request.__exit__(*((TimeoutError, TimeoutError(), None) if late else (None, None, None)))
+            heapq.heappush(events, (now[0] + think_s, client, None))
+            continue
+        request, deadline = admission.admit(13, 1.0), now[0] + 1.0
+        try:
+            request.__enter__()
+        except Overloaded as refusal:
+            counts[2][second] += 1
+            heapq.heappush(events, (now[0] + refusal.retry_after_s + client % 100 / 100, client, None))
+            continue
+        ends = deadline
+        if max(free_s, now[0]) < deadline:
+            free_s = max(free_s, now[0]) + 13 / rate(now[0])
+            ends = min(free_s, deadline)
+        heapq.heappush(events, (ends, client, (request, deadline)))
+    return counts
+
+
+def test_of_single_queries_that_are_twice_too_many_nearly_all_that_are_let_in_are_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A thousand clients at a server of 500 queries a second; once it has seen what it can do."""
+    answered, late, refused = answered_and_late(monkeypatch, clients=1000, think_s=0, rate=lambda _: 6500)
+    assert sum(answered[5:20]) > 0.9 * 500 * 15
+    assert sum(late[5:20]) < 0.02 * 500 * 15
+    assert sum(refused) > 1000
+
+
+def test_nobody_is_refused_where_nobody_is_late_and_again_when_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    *_, refused = answered_and_late(monkeypatch, clients=400, think_s=1.0, rate=lambda _: 6500)
+    assert sum(refused) == 0
+    # From second 5 to 10 it does a tenth.
+    slow = answered_and_late(monkeypatch, clients=400, think_s=1.0, rate=lambda s: 650 if 5 <= s < 10 else 6500)
+    assert sum(slow[2][5:10]) > 100
+    assert sum(slow[2][15:]) == sum(slow[1][15:]) == 0
 
 
 def test_tokens_of_queries_are_counted_from_their_letters_and_cut_as_they_are() -> None:
@@ -489,8 +542,9 @@ def test_a_replica_that_opens_a_version_for_long_goes_on_to_say_that_it_is_there
     asyncio.run(asyncio.wait_for(run(), 30))
 
 
-def test_a_change_waits_for_a_replica_that_is_starting() -> None:
+def test_a_change_waits_for_a_replica_that_is_starting(monkeypatch: pytest.MonkeyPatch) -> None:
     """It comes up with what is served when it is up, not with what was when it began."""
+    monkeypatch.setattr(aliases, "FOLLOW_S", 0.05)
     opening = threading.Event()
     first, second = Version("one", "c", "i"), Version("two", "c", "i")
 
@@ -502,16 +556,16 @@ def test_a_change_waits_for_a_replica_that_is_starting() -> None:
         return version.id
 
     async def run() -> None:
-        aliases = object.__new__(Aliases.func_or_class)
-        aliases._table, aliases._changed, aliases._followers = table(first), asyncio.Condition(), {}
+        state = object.__new__(aliases.Aliases.func_or_class)
+        state._table, state._changed, state._followers = table(first), asyncio.Condition(), {}
         both = frozenset({"one", "two"})
-        others = asyncio.create_task(aliases.follow("Encoder", "others", both, {}, aliases._table))
+        others = asyncio.create_task(state.follow("Encoder", "others", both, {}, state._table))
         versions = Versions(open_one)
-        starting = asyncio.create_task(versions.begin(partial(aliases.follow, "Encoder", "new")))
-        while len(aliases._followers) < 2:
+        starting = asyncio.create_task(versions.begin(partial(state.follow, "Encoder", "new")))
+        while len(state._followers) < 2:
             await asyncio.sleep(0.01)
-        await aliases._set(table(first, second))
-        change = asyncio.create_task(aliases._opened_everywhere(second))
+        await state._set(table(first, second))
+        change = asyncio.create_task(state._opened_everywhere(second))
         await asyncio.sleep(0.05)
         assert not starting.done()
         assert not change.done()
