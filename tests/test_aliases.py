@@ -206,7 +206,7 @@ def test_every_change_is_in_the_log_and_the_file_says_what_is_served(url: str, f
     assert tree["revision"] == state(url)["revision"]
 
 
-def test_of_two_endpoints_that_change_an_alias_one_wins(folder: Path, s3_bucket: str) -> None:
+def test_an_endpoint_overwrites_no_change_that_it_has_not_seen(folder: Path, s3_bucket: str) -> None:
     a, b = (open_version(str(folder / name), str(folder / f"index-{name}")) for name in "ab")
     for root in (str(folder / "race"), store.join(s3_bucket, "race")):
         first, second = AliasFile(root, "live"), AliasFile(root, "live")

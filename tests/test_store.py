@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -98,6 +99,43 @@ def test_what_breaks_while_an_s3_file_is_read_names_the_file():
     stream = io.BufferedReader(store._S3Stream("s3://b/a", Broken()))
     with pytest.raises(StoreError, match=r"s3://b/a: cannot be read: reset by peer"):
         stream.read(1)
+
+
+@pytest.mark.parametrize("held", [None, b"held"])
+def test_a_swap_on_s3_sees_what_is_written_between_its_reading_and_its_writing(s3_bucket, held):
+    uri = store.join(s3_bucket, "race", str(held), "live.json")
+    if held is not None:
+        store.write_bytes(uri, held)
+    events, place = store._s3().meta.events, "before-parameter-build.s3.PutObject"
+
+    def write_another(**_):
+        events.unregister(place, write_another)
+        store.write_bytes(uri, b"another")
+
+    events.register(place, write_another)
+    assert not store.swap(uri, held, b"mine")
+    assert store.read_bytes(uri) == b"another"
+    assert store.swap(uri, b"another", b"mine")
+
+
+@pytest.mark.parametrize("held", [None, b"held"])
+def test_a_swap_on_a_file_system_waits_for_one_under_way(tmp_path, monkeypatch, held):
+    uri, write, swapped = str(tmp_path / "live.json"), store.write_bytes, []
+    if held is not None:
+        write(uri, held)
+    other = threading.Thread(target=lambda: swapped.append(store.swap(uri, held, b"another")))
+
+    def write_slowly(*arguments):
+        monkeypatch.setattr(store, "write_bytes", write)
+        other.start()
+        other.join(0.2)  # time enough, if nothing made it wait
+        write(*arguments)
+
+    monkeypatch.setattr(store, "write_bytes", write_slowly)
+    assert store.swap(uri, held, b"mine")
+    other.join()
+    assert swapped == [False]
+    assert store.read_bytes(uri) == b"mine"
 
 
 def test_a_star_in_the_last_part_is_expanded(root):
