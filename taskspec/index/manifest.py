@@ -30,7 +30,6 @@ class ShardFile(Section):
     """Path inside the artifact."""
     row_start: int
     rows: int
-    sha256: str
     max_norm: float
     """Length of its longest embedding, which bounds the rounding of its scores."""
 
