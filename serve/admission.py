@@ -17,6 +17,8 @@ WINDOW_S = 1.0
 """How long answers are counted for a rate, or until there is no work."""
 SHARE_OF_TIME = 0.5
 """How much of its time a request may be expected to take: the rate is no better known than that."""
+REMEMBERED = 0.9
+"""Share of the usual time of an answer that stays when there is another."""
 LONGEST_WAIT_S = 30.0
 
 
@@ -41,6 +43,7 @@ class Admission:
 
     How much can be done is seen only where it is too little: as long as no request is late, all have time. From then on
     the rate of that second bounds what is let in; a better one raises it, and it is forgotten when nothing is refused.
+    A request that asked for less time than answers usually take says nothing about the others.
     """
 
     def __init__(self, most_tokens: int) -> None:
@@ -50,6 +53,8 @@ class Admission:
         """Tokens a second that were answered in the last window."""
         self._most_rate = math.inf
         """Tokens a second that can be answered."""
+        self._usual_s = 0.0
+        """What an answer takes; 0 before the first."""
         self._begin_window()
 
     @contextmanager
@@ -66,11 +71,14 @@ class Admission:
         if not self.tokens:
             self._begin_window()
         self.tokens += tokens
+        came = time.monotonic()
         try:
             yield
             self._done += tokens
+            took_s = time.monotonic() - came
+            self._usual_s = REMEMBERED * self._usual_s + (1 - REMEMBERED) * took_s if self._usual_s else took_s
         except TimeoutError:
-            self._late = True
+            self._late |= 0 < self._usual_s <= time_s
             raise
         finally:
             self.tokens -= tokens

@@ -238,6 +238,21 @@ def test_nobody_is_refused_where_nobody_is_late_and_again_when_there_is_time(mon
     assert sum(slow[2][15:]) == sum(slow[1][15:]) == 0
 
 
+def test_one_who_has_no_patience_does_not_have_others_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    admission = Admission(100_000)
+    for _ in range(50):
+        with admission.admit(13, 1.0):
+            hasty = admission.admit(13, 0.001)
+            hasty.__enter__()
+            now[0] += 0.001
+            assert not hasty.__exit__(TimeoutError, TimeoutError(), None)
+            with admission.admit(13, 1.0):
+                now[0] += 0.05
+        now[0] += 1.0
+
+
 def test_tokens_of_queries_are_counted_from_their_letters_and_cut_as_they_are() -> None:
     assert query_tokens(["", "a" * 40, "a" * 4000], most=32) == 4 + 14 + 32
 
