@@ -28,11 +28,11 @@ from ray.serve.handle import DeploymentHandle
 from serve.alias_schema import AliasesResponse, AliasRequest, AliasResponse
 from serve.aliases import Aliases
 from serve.answers import Answers, Known, digest
-from serve.arguments import ServeArgs
+from serve.arguments import ServeArgs, TooLarge
 from serve.asks import FoundAll, Search
 from serve.deployments import Encoder, Shard
 from serve.dispatch import Dispatch
-from serve.errors import ERROR_RESPONSES, Late, TooLarge, Uncovered, answer_errors
+from serve.errors import ERROR_RESPONSES, Late, Uncovered, answer_errors
 from serve.guard import LOGGING, GuardMiddleware, Settings, configure, seen
 from serve.metrics import Metrics
 from serve.playground import HEADERS, PAGE
@@ -344,22 +344,7 @@ class Api:
         """Raises: RequestError for what breaks a rule or a limit."""
         if self._args.log_queries:
             seen().facts["query"] = texts
-        limits = self._args.limits
-        longest = max(map(len, texts), default=0)
-        if longest > limits.query_characters:
-            most = limits.query_characters
-            raise TooLarge(f"a {param} has {longest} characters but may have {most}; send less of it", param=param)
-        if len(texts) > limits.queries:
-            raise TooLarge(f"{param} has {len(texts)} queries but a request may hold {limits.queries}", param=param)
-        if top_k > limits.top_k:
-            raise RequestError(f"top_k is {top_k} but may be {limits.top_k} at most", param="top_k")
-        if len(texts) * top_k > limits.hits:
-            asked = f"{len(texts)} queries with top_k {top_k} ask for {len(texts) * top_k} hits"
-            raise TooLarge(
-                f"{asked} but a request may ask for {limits.hits}; send fewer queries at a time", param="top_k"
-            )
-        if timeout_ms is not None and timeout_ms > limits.timeout_ms:
-            raise RequestError(f"timeout_ms is {timeout_ms} but may be {limits.timeout_ms} at most", param="timeout_ms")
+        self._args.limits.check(texts, param, top_k, timeout_ms)
         check_request((one.name for one in self._dispatch.table.current.contract.tasks), task, texts, top_k)
 
     def _require_covered(self, served: Served, found: FoundAll, allow_partial: bool) -> None:

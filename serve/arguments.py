@@ -5,10 +5,17 @@ Path: `serve run serve.app:build name=value …` → [here] → app, deployments
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pydantic import Field
 
 from serve.keys import Key
+from taskspec.errors import RequestError
 from taskspec.sections import Section
+
+
+class TooLarge(RequestError):
+    """A request that asks for more at once than the server does."""
 
 
 class Limits(Section):
@@ -30,6 +37,24 @@ class Limits(Section):
     """Longest time that a request may ask for, and what it gets if it does not ask."""
     tokens_under_way: int = Field(100_000, ge=1)
     """Query tokens, about, that one HTTP replica has under way; what would be more is refused with 429."""
+
+    def check(self, texts: Sequence[str], param: str, top_k: int, timeout_ms: int | None) -> None:
+        """Raises: TooLarge, RequestError naming the limit that is passed. Args: param: what the texts came in."""
+        longest = max(map(len, texts), default=0)
+        if longest > self.query_characters:
+            most = self.query_characters
+            raise TooLarge(f"a {param} has {longest} characters but may have {most}; send less of it", param=param)
+        if len(texts) > self.queries:
+            raise TooLarge(f"{param} has {len(texts)} queries but a request may hold {self.queries}", param=param)
+        if top_k > self.top_k:
+            raise RequestError(f"top_k is {top_k} but may be {self.top_k} at most", param="top_k")
+        if len(texts) * top_k > self.hits:
+            asked = f"{len(texts)} queries with top_k {top_k} ask for {len(texts) * top_k} hits"
+            raise TooLarge(
+                f"{asked} but a request may ask for {self.hits}; send fewer queries at a time", param="top_k"
+            )
+        if timeout_ms is not None and timeout_ms > self.timeout_ms:
+            raise RequestError(f"timeout_ms is {timeout_ms} but may be {self.timeout_ms} at most", param="timeout_ms")
 
 
 class ServeArgs(Section):

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 
 from serve.admission import Overloaded
 from serve.alias_schema import AliasRequest
+from serve.arguments import TooLarge
 from serve.guard import seen
 from serve.remote import ShardsLostError
 from serve.schema import EmbedRequest, Error, ErrorResponse, OpenAIRequest, RetrieveRequest
@@ -40,10 +41,6 @@ logger = logging.getLogger("ray.serve")
 
 class Conflict(TaskspecError):
     """The alias is not as the request expects it, or is being changed."""
-
-
-class TooLarge(RequestError):
-    """A request that asks for more at once than the server does."""
 
 
 class Late(TimeoutError):
