@@ -503,8 +503,8 @@ def test_transfer_compares_prompts_and_rows(page: Page, folder: Path, comparison
 def test_several_held_out_tasks_are_shown_one_by_one_too(tmp_path: Path) -> None:
     zero_shot = {way: {"wow": (1.0, 1.0), "fever": (0.0, 0.5)} for way in ("prompt", "no prompt")}
     page = written(tmp_path, Comparison.of([trial("mean", zero_shot=zero_shot)], "mean"))
-    shown = {name: page.line("Tasks held out of training", name)[0] for name in ("mean", "mean: wow", "mean: fever")}
-    assert shown == {"mean": "62.5", "mean: wow": "100.0", "mean: fever": "25.0"}
+    shown = {name: page.line("Tasks held out of training", name)[0] for name in ("mean", "· wow", "· fever")}
+    assert shown == {"mean": "62.5", "· wow": "100.0", "· fever": "25.0"}
     averages = {r["task"]: float(r["average"]) for r in records(tmp_path / "zero-shot.csv") if r["what"] == "prompt"}
     assert averages == {"": 0.625, "wow": 1.0, "fever": 0.25}
 

@@ -183,7 +183,7 @@ def _transfer(folder: Path, comparison: Comparison) -> str:
             change = None if row is against else found[way].minus(zero_shot[against][way])
             changes[f"{way} − {against.name}, {way}"] = change
         tasks = list(found[prompt].scores)
-        for part, name in [(None, row.name), *((task, f"{row.name}: {task}") for task in tasks if len(tasks) > 1)]:
+        for part, name in [(None, row.name), *((task, f"· {task}") for task in tasks if len(tasks) > 1)]:
             answers = {way: found[way] if part is None else found[way].on_task(part) for way in WAYS}
             cells = [Cell(average_text(one.average, one.std)) for one in answers.values()]
             compared = map(_change_cell, changes.values()) if part is None else [NONE] * len(changes)
