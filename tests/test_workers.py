@@ -20,6 +20,7 @@ from taskspec.model.lora import add_lora
 from taskspec.negatives.bm25 import mine_bm25
 from taskspec.specialize import gradients
 from taskspec.specialize.collectives import Collectives
+from taskspec.specialize.stability import LEAST_UPDATES
 from taskspec.train.planning import plan_training
 from taskspec.train.step import Trainer
 from taskspec.train.worker import task_owners
@@ -151,10 +152,10 @@ def together(workers: int, folder, function, *arguments) -> list[Any]:
 
 
 def train(config: Config, prepared: PreparedData, negatives: str) -> dict[str, torch.Tensor]:
-    """Three steps; everything that must not depend on the number of workers."""
+    """Some steps; everything that must not depend on the number of workers."""
     bench = Bench(config, prepared, negatives)
     result = {}
-    for step in range(STEPS):
+    for step in range(config.train.steps):
         before = bench.theta_P.clone()
         batches = bench.maker.step(step)
         if step == 0:
@@ -186,6 +187,14 @@ CASES += [("taco", "sharded", 2, {"train.gradient_checkpointing": True, "special
 CASES += [(method, "sharded", 2, {}) for method in ("pcgrad", "cgd", "gradnorm")]
 CASES += [("taco", name, 2, {"model.lora": 2}) for name in ("replicated", "sharded")]
 CASES += [("pcgrad", "replicated", 2, {}), ("gradnorm", "task_parallel", 2, {})]
+CASES += [("taco", "sharded", 2, {"specialization.shrinkage": True, "train.steps": LEAST_UPDATES + 3})]
+CHUNKED = [
+    (method, distribution, workers, {"train.chunk_texts": 2})
+    for method in ("mean", "taco")
+    for distribution, workers in [("replicated", 1), ("replicated", 4), ("sharded", 4), ("task_parallel", 3)]
+]
+CHUNKED += [("mean", name, 2, {"train.chunk_texts": 2}) for name in DISTRIBUTIONS]
+CASES += [pytest.param(*case, marks=pytest.mark.acceptance) for case in CHUNKED]
 ROUNDING_ONLY = ("train.chunk_texts", "train.gradient_checkpointing")
 
 
