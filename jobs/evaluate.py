@@ -168,6 +168,11 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         retriever = Retriever.open(source.checkpoint, source.index)
         column = source.system if source.task is None else f"{source.system}:{source.task}"
         answers = [task.name for task in retriever.contract.tasks] if source.task is None else [source.task]
+        if not set(answers) & set(prepared.tasks("dev")):
+            raise ConfigError(
+                f"{column} answers {', '.join(answers)}, of which {prepared.artifact.uri} has no dev queries, but of "
+                f"{', '.join(prepared.tasks('dev')) or 'no task'}; give another --prepared"
+            )
         systems.setdefault(source.system, {}).update(dict.fromkeys(answers, retriever))
         inputs[f"checkpoint of {column}"] = artifacts.read_manifest(source.checkpoint, "checkpoint").id
         inputs[f"index of {column}"] = artifacts.read_manifest(source.index, "index").id

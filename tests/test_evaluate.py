@@ -18,7 +18,7 @@ import pytest
 from jobs import cli
 from jobs import evaluate as job
 from taskspec import artifacts
-from taskspec.config import Config, load_config, parse_config
+from taskspec.config import Config, load_config, parse_config, with_values
 from taskspec.data.prepared import KIND, PASSAGE_SCHEMA, QUERY_SCHEMA, PreparedData
 from taskspec.errors import ConfigError, DataError, StoreError
 from taskspec.evaluate.run import (
@@ -498,7 +498,7 @@ def test_a_command_line_that_makes_no_sense_is_refused(words, message, tmp_path)
         job.run([str(path) if word == "CONFIG" else word for word in words])
 
 
-def test_a_checkpoint_and_its_index_are_evaluated_beside_bm25(prepared, tmp_path, ray_cluster, capsys):
+def test_a_checkpoint_and_its_index_are_evaluated_beside_bm25(prepared, tmp_path, ray_cluster, capsys, monkeypatch):
     from taskspec.index.build import build_index
     from taskspec.model.encoder import build_encoder
     from taskspec.train.checkpoint import publish_checkpoint
@@ -535,6 +535,22 @@ def test_a_checkpoint_and_its_index_are_evaluated_beside_bm25(prepared, tmp_path
         **{f"index of {name}": artifacts.read_manifest(index, "index").id for name in ("five-words", "single:metal")},
     }
     assert table.to_text() in capsys.readouterr().out
+
+    # One that was trained on some tasks is asked these only.
+    values = {"train.tasks": ["metal"], "specialization.method": "single"}
+    metal, metals = str(tmp_path / "metal"), str(tmp_path / "metals")
+    only = with_values(made_with, values)
+    publish_checkpoint(metal, only, encoder, tokenizer, step=0, state={}, inputs={}, dev_accuracy={})
+    build_index(only, metal, prepared.artifact.uri, metals)
+    words = [*words[:4], "--checkpoint", metal, "--index", metals, "--out", str(tmp_path / "of-metal")]
+    table = EvaluationTable.open(job.run(words)["uri"])
+    assert table.score("metal", "five-words") is not None
+    assert table.score("color", "five-words") is None
+    monkeypatch.setattr(PreparedData, "tasks", lambda self, split: ("color",))
+    with pytest.raises(
+        ConfigError, match=r"five-words answers metal, of which .* has no dev queries, but of color; give"
+    ):
+        job.run(words)
 
 
 def test_systems_name_a_column_and_perhaps_its_task():
