@@ -130,7 +130,7 @@ def expand(arms: Arms, config: Config) -> list[Candidate]:
     """Every candidate of every arm, each with its checked configuration.
 
     Raises: ConfigError naming the arm, for a change that the configuration refuses, an unknown held-out task, held-out
-        tasks that leave none to train, or a baseline that is no row.
+        tasks that leave none to train, two rows of one name, or a baseline that is no row.
     """
     result = []
     for name, arm in arms.arms.items():
@@ -149,6 +149,16 @@ def expand(arms: Arms, config: Config) -> list[Candidate]:
                         )
                     changed = with_values(changed, {"train.tasks": trained}, f"arm {row}")
                 result.append(Candidate(name, row, values, label, arm, changed))
+    # In the tables a row is its name, and of two equal trials the last would count.
+    named: dict[tuple[str, str], Candidate] = {}
+    for candidate in result:
+        other = named.setdefault((candidate.row, candidate.label), candidate)
+        if other is not candidate:
+            label = f" with {candidate.label}" if candidate.label else ""
+            raise ConfigError(
+                f"arm {candidate.arm}: row {candidate.row!r}{label} is there already, by arm {other.arm}; "
+                "rename an arm, or leave out one of two values that are equal to six digits"
+            )
     rows = dict.fromkeys(candidate.row for candidate in result)
     if arms.baseline not in rows:
         raise ConfigError(f"baseline {arms.baseline!r} is no row of the comparison; rows: {', '.join(rows)}")

@@ -113,10 +113,25 @@ def presets_folder() -> Path:
     return Path(__file__).resolve().parent.parent / "jobs" / "configs"
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which PyYAML keeps the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key {key.value!r} is there twice; leave one", key.start_mark
+                    )
+                seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(source: str | Path, presets: Path) -> tuple[Path, Any]:
     """Reads a YAML file, or one of a folder of presets by its name. Returns: the file's path and what it holds.
 
-    Raises: ConfigError if there is no such file or preset, naming the presets, or if it is not YAML.
+    Raises: ConfigError if there is no such file or preset, naming the presets; if it is not YAML or has a key twice.
     """
     path = Path(source)
     if not path.suffix and not path.exists():
@@ -125,7 +140,7 @@ def read_yaml(source: str | Path, presets: Path) -> tuple[Path, Any]:
             known = ", ".join(sorted(preset.stem for preset in presets.glob("*.yaml")))
             raise ConfigError(f"{source}: neither a file nor a preset; presets: {known}")
     try:
-        return path, yaml.safe_load(path.read_text(encoding="utf-8"))
+        return path, yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a YAML file or a preset's name") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

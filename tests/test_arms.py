@@ -88,6 +88,19 @@ def test_the_presets_expand_for_the_quickstart(config):
             "arm a: held_out names every task, so none is trained; leave one out of it",
         ),
         ("[", "is not YAML"),
+        ("{baseline: a, arms: {a: {}, a: {lexical: true}}}", "key 'a' is there twice; leave one"),
+        (
+            "{baseline: a, arms: {a: {grid: {specialization.strength: [1.0, 1.0]}}}}",
+            "arm a: row 'a strength=1' is there already, by arm a; rename an arm",
+        ),
+        (
+            "{baseline: a, arms: {a: {grid: {specialization.strength: [1.0]}}, a strength=1: {}}}",
+            "arm a strength=1: row 'a strength=1' is there already, by arm a; rename",
+        ),
+        (
+            "{baseline: a, arms: {a: {choose: {train.learning_rate: [0.1, 0.1]}}}}",
+            "arm a: row 'a' with learning_rate=0.1 is there already",
+        ),
     ],
 )
 def test_what_is_wrong_with_an_arms_file_is_said(tree, message, config, tmp_path):
