@@ -13,9 +13,12 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from taskspec.errors import ConfigError
 from taskspec.evaluate.comparison import STRENGTH, Comparison
 from taskspec.evaluate.comparison_text import comparison_text
 from taskspec.evaluate.trials import Trial
+
+TRIALS = Path(__file__).parent / "trials"
 
 
 def main() -> None:
@@ -27,7 +30,13 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="copy the trials there, under names for people")
     parser.add_argument("--code", default="", help="with --keep: the commit of trials that do not name what made them")
     arguments = parser.parse_args()
+    if not any(arguments.folder.glob("*.json")):
+        parser.error(f"{arguments.folder}: has no trials (*.json); kept ones are in {TRIALS}/*")
     trials = [Trial.from_json(json.loads(path.read_text())) for path in sorted(arguments.folder.glob("*.json"))]
+    rows = sorted({trial.row for trial in trials})
+    for name in [arguments.baseline, *(arguments.rows or ())]:
+        if name not in rows:
+            parser.error(f"no row {name!r} in {arguments.folder}; rows: {', '.join(rows)}")
     chosen = [
         trial
         for trial in trials
@@ -40,7 +49,10 @@ def main() -> None:
     chosen.sort(
         key=lambda one: (one.row != arguments.baseline, one.arm, str(one.values.keys()), [*one.values.values()])
     )
-    comparison = Comparison.of(chosen, arguments.baseline)
+    try:
+        comparison = Comparison.of(chosen, arguments.baseline)
+    except ConfigError as error:  # candidates of a row without a common seed
+        parser.error(str(error))
     print(comparison_text(comparison))
     for arm in dict.fromkeys(trial.arm for trial in chosen):
         if found := comparison.recommend(arm, STRENGTH):

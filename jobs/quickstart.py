@@ -84,14 +84,15 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     stage(f"serve {SERVED} and ask one question per task")
     settings = write_serve_config(config, served.checkpoint, served.index)
-    with serving(settings) as url, Client(url, timeout_s=60) as client:
-        for sample in samples:
-            (answer,) = client.retrieve(sample.query, sample.task, top_k=1)
-            print(answer_text(sample.task, sample.query, set(sample.gold_pages), answer))
-
-    stage("pages found for the dev queries (* above: a gold page came first)")
-    print(f"\n{result.table.to_text()}\n\nreport:      {report}")
-    print(f"serve again: {_command('serve')} run {settings}", flush=True)
+    try:
+        with serving(settings) as url, Client(url, timeout_s=60) as client:
+            for sample in samples:
+                (answer,) = client.retrieve(sample.query, sample.task, top_k=1)
+                print(answer_text(sample.task, sample.query, set(sample.gold_pages), answer))
+    finally:  # the table stands, whatever becomes of the server
+        stage("pages found for the dev queries (* above: a gold page came first)")
+        print(f"\n{result.table.to_text()}\n\nreport:      {report}")
+        print(f"serve again: {_command('serve')} run {settings}", flush=True)
     return {"uri": str(report), "evaluation": result.evaluation, **asdict(served)}
 
 
@@ -143,8 +144,9 @@ def _wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path) -> N
         with suppress(OSError), urllib.request.urlopen(f"{url}/ready", timeout=5):
             return
         time.sleep(0.5)
+    how = "ended" if server.poll() is not None else f"did not become ready within {START_TIMEOUT_S} s"
     tail = " ".join(log.read_text(errors="replace").split("\n")[-4:])
-    raise TaskspecError(f"{url}: the server did not become ready within {START_TIMEOUT_S} s; {log}: {tail}")
+    raise TaskspecError(f"{url}: the server {how}; {log} ends with: {tail}; mend that, then serve again as said above")
 
 
 def answer_text(task: str, query: str, gold: set[str], answer: Answer) -> str:

@@ -61,7 +61,7 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = build_parser().parse_args(argv)
     config = cli.configuration(arguments)
     arms = read_arms(arguments.arms)
-    candidates = expand(arms, config)
+    candidates = expand(arms, config, arguments.arms)
 
     from taskspec import cluster
     from taskspec.evaluate.comparison import STRENGTH

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from taskspec.config import Config, presets_folder, read_yaml, with_values
+from taskspec.config import Config, broken_rules, presets_folder, read_yaml, with_values
 from taskspec.errors import ConfigError
 from taskspec.sections import Section
 
@@ -119,16 +119,13 @@ def read_arms(source: str) -> Arms:
     try:
         return Arms.model_validate(tree)
     except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(map(str, problem["loc"]))
-        section = Arm if len(problem["loc"]) > 2 else Arms
-        hint = f"; known keys: {', '.join(section.model_fields)}" if problem["type"] == "extra_forbidden" else ""
-        raise ConfigError(f"{path}: {key}: {problem['msg'].removeprefix('Value error, ')}{hint}") from error
+        raise ConfigError("; ".join(f"{path}: {line}" for line in broken_rules(error, Arms))) from error
 
 
-def expand(arms: Arms, config: Config) -> list[Candidate]:
+def expand(arms: Arms, config: Config, where: str) -> list[Candidate]:
     """Every candidate of every arm, each with its checked configuration.
 
+    Args: where: the arms' file, in front of an error.
     Raises: ConfigError naming the arm, for a change that the configuration refuses, an unknown held-out task, held-out
         tasks that leave none to train, two rows of one name, or a baseline that is no row.
     """
@@ -138,16 +135,20 @@ def expand(arms: Arms, config: Config) -> list[Candidate]:
             row = " ".join([name, *map(_setting, values.items())])
             for chosen in _combinations(arm.choose):
                 label = " ".join(map(_setting, chosen.items()))
-                changed = with_values(config, {**arm.set, **values, **chosen}, f"arm {row}")
+                changed = with_values(config, {**arm.set, **values, **chosen}, f"{where}: arm {row}")
                 if arm.held_out:
+                    known = [task.name for task in config.tasks]
                     for task in arm.held_out:
-                        config.task(task)
+                        if task not in known:
+                            raise ConfigError(
+                                f"{where}: arm {row}: held_out: unknown task {task!r}; known: {', '.join(known)}"
+                            )
                     trained = [task.name for task in changed.trained_tasks if task.name not in arm.held_out]
                     if not trained:
                         raise ConfigError(
-                            f"arm {row}: held_out names every task, so none is trained; leave one out of it"
+                            f"{where}: arm {row}: held_out names every task, so none is trained; leave one out of it"
                         )
-                    changed = with_values(changed, {"train.tasks": trained}, f"arm {row}")
+                    changed = with_values(changed, {"train.tasks": trained}, f"{where}: arm {row}")
                 result.append(Candidate(name, row, values, label, arm, changed))
     # In the tables a row is its name, and of two equal trials the last would count.
     named: dict[tuple[str, str], Candidate] = {}
@@ -156,12 +157,12 @@ def expand(arms: Arms, config: Config) -> list[Candidate]:
         if other is not candidate:
             label = f" with {candidate.label}" if candidate.label else ""
             raise ConfigError(
-                f"arm {candidate.arm}: row {candidate.row!r}{label} is there already, by arm {other.arm}; "
+                f"{where}: arm {candidate.arm}: row {candidate.row!r}{label} is there already, by arm {other.arm}; "
                 "rename an arm, or leave out one of two values that are equal to six digits"
             )
     rows = dict.fromkeys(candidate.row for candidate in result)
     if arms.baseline not in rows:
-        raise ConfigError(f"baseline {arms.baseline!r} is no row of the comparison; rows: {', '.join(rows)}")
+        raise ConfigError(f"{where}: baseline {arms.baseline!r} is no row of the comparison; rows: {', '.join(rows)}")
     return result
 
 

@@ -97,8 +97,9 @@ def require(what: str, *, cpus: float, gpus: float = 0, wait_s: float) -> None:
             asked = True
         if time.monotonic() >= deadline:
             request_resources(bundles=[])
+            waited = f" after {wait_s:g} s" if wait_s else ""
             raise PlacementError(
                 f"{what} needs {cpus:g} CPUs and {gpus:g} GPUs, the cluster has {have.get('CPU', 0):g} and "
-                f"{have.get('GPU', 0):g} after {wait_s:g} s; add nodes, ask for less, or raise cluster.local_cpus"
+                f"{have.get('GPU', 0):g}{waited}; add nodes, ask for less, or raise cluster.local_cpus"
             )
         time.sleep(1)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from taskspec.errors import ConfigError
 from taskspec.sections import (
@@ -167,7 +168,7 @@ def parse_config(tree: Mapping[str, Any], where: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("; ".join(f"{where}: {line}" for line in _explain(error, tree))) from error
+        raise ConfigError("; ".join(f"{where}: {line}" for line in broken_rules(error, Config))) from error
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -214,23 +215,34 @@ def _position(items: list[Any], key: str, where: str) -> int:
     raise ConfigError(f"{where}: no item {key!r}; known: {known}")
 
 
-def _explain(error: ValidationError, tree: Mapping[str, Any]) -> Iterable[str]:
-    for problem in error.errors():
-        location = [str(part) for part in problem["loc"]]
-        if problem["type"] == "extra_forbidden":
-            yield f"unknown key {'.'.join(location)}; known: {', '.join(_known_keys(problem['loc'][:-1]))}"
-        elif problem["type"] == "missing":
-            yield f"missing key {'.'.join(location)}"
-        else:
-            message = problem["msg"].removeprefix("Value error, ")
-            value = "" if isinstance(problem["input"], dict) else f" but got {problem['input']!r}"
-            yield f"{'.'.join(location)}: {message}{value}" if location else message
+def broken_rules(error: ValidationError, root: type[BaseModel]) -> list[str]:
+    """What is wrong with a tree, a line for each broken rule: key, rule, value, and for an unknown key the known ones.
+
+    Args: root: the section that the tree was read as.
+    """
+    return [_broken_rule(problem, root) for problem in error.errors()]
 
 
-def _known_keys(location: Sequence[int | str]) -> list[str]:
-    section: type[BaseModel] = Config
+def _broken_rule(problem: ErrorDetails, root: type[BaseModel]) -> str:
+    key = ".".join(map(str, problem["loc"]))
+    kind = problem["type"]
+    if kind == "extra_forbidden":
+        return f"unknown key {key}; known: {', '.join(_known_keys(problem['loc'][:-1], root))}"
+    if kind == "missing":
+        return f"missing key {key}"
+    # pydantic's own words for these are Python's, and the file is YAML.
+    words = {"tuple_type": "must be a list", "model_type": "must hold keys and values"}
+    words["dict_type"] = words["model_type"]
+    message = words.get(kind, problem["msg"].removeprefix("Value error, "))
+    value = "" if isinstance(problem["input"], dict) else f" but got {problem['input']!r}"
+    return f"{key}: {message}{value}" if key else f"{message}{value}"
+
+
+def _known_keys(location: Sequence[int | str], root: type[BaseModel]) -> list[str]:
+    section = root
     for part in location:
-        if isinstance(part, int):
-            continue
-        section = Task if part == "tasks" else section.model_fields[part].annotation  # type: ignore[assignment]
+        field = section.model_fields.get(str(part))  # none for a number in a list, or a name that the file gives
+        if field is not None:
+            inside = [field.annotation, *get_args(field.annotation)]
+            section = next((one for one in inside if isinstance(one, type) and issubclass(one, BaseModel)), section)
     return list(section.model_fields)

@@ -6,7 +6,7 @@ Every value has one default, here; `config.py` puts the sections together and re
 from __future__ import annotations
 
 import string
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -272,7 +272,7 @@ class Cluster(Section):
 class Sweep(Section):
     """Comparison of arms over seeds, on Ray Tune."""
 
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=1)
     concurrent: int = Field(1, ge=1)
     """Trials at the same time."""
     keep_indexes: bool = False

@@ -26,6 +26,7 @@ def test_a_grid_makes_rows_and_a_choice_makes_candidates(config, tmp_path):
             tmp_path,
         ),
         config,
+        "arms.yaml",
     )
     assert [(c.row, c.label) for c in found] == [
         ("mean", ""),
@@ -44,7 +45,7 @@ def test_a_grid_makes_rows_and_a_choice_makes_candidates(config, tmp_path):
 
 def test_one_retriever_per_task_is_one_run_for_each(config, tmp_path):
     tree = "{baseline: share, arms: {share: {per_task: share}, all: {per_task: all}}}"
-    share, whole = expand(arms(tree, tmp_path), config)
+    share, whole = expand(arms(tree, tmp_path), config, "arms.yaml")
     runs = share.runs(seed=0)
     assert list(runs) == list(whole.runs(seed=0)) == [task.name for task in config.tasks]
     assert all(one.tasks == config.tasks for one in runs.values())
@@ -54,20 +55,20 @@ def test_one_retriever_per_task_is_one_run_for_each(config, tmp_path):
 
 
 def test_held_out_tasks_are_not_trained(config, tmp_path):
-    (found,) = expand(arms("{baseline: few, arms: {few: {held_out: [nq, wow]}}}", tmp_path), config)
+    (found,) = expand(arms("{baseline: few, arms: {few: {held_out: [nq, wow]}}}", tmp_path), config, "arms.yaml")
     trained = [task.name for task in found.config.trained_tasks]
     assert trained == [task.name for task in config.tasks if task.name not in ("nq", "wow")]
 
 
 def test_the_presets_expand_for_the_quickstart(config):
-    rows = [candidate.row for candidate in expand(read_arms("strength"), config)]
+    rows = [candidate.row for candidate in expand(read_arms("strength"), config, "strength")]
     assert rows[:3] == ["bm25", "mean", "taco strength=0.25"]
 
 
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ("{baseline: b, arms: {a: {}}}", "baseline 'b' is no row of the comparison; rows: a"),
+        ("{baseline: b, arms: {a: {}}}", "^arms.yaml: baseline 'b' is no row of the comparison; rows: a"),
         ("{baseline: a, arms: {a: {lexical: true, analyze: true}}}", "lexical is BM25, which has nothing to set"),
         ("{baseline: a, arms: {a: {per_task: share, analyze: true}}}", "per_task trains models of one task each"),
         ("{baseline: a, arms: {a: {grid: {train.steps: []}}}}", "train.steps has no values; name at least one"),
@@ -79,10 +80,19 @@ def test_the_presets_expand_for_the_quickstart(config):
             "{baseline: a, arms: {a: {set: {data.passage_words: 50}}}}",
             "data.passage_words cannot differ between arms; what can: prompts, model",
         ),
-        ("{baseline: a, arms: {a: {sett: {}}}}", "arms.a.sett: .*; known keys: question, set, grid"),
-        ("{baseline: a, arms: {a: {}}, arm: {}}", "known keys: baseline, arms"),
-        ("{baseline: a, arms: {a: {set: {train.stepps: 3}}}}", r"arm a: unknown key train.stepps; known: tasks, steps"),
-        ("{baseline: a, arms: {a: {held_out: [nqq]}}}", "unknown task 'nqq'; known: fever"),
+        ("{baseline: a, arms: {a: {sett: {}}}}", "arms.yaml: unknown key arms.a.sett; known: question, set, grid"),
+        ("{baseline: a, arms: {a: {}}, arm: {}}", "arms.yaml: unknown key arm; known: baseline, arms"),
+        ("{baseline: a, arms: {set: {sett: {}}}}", "unknown key arms.set.sett; known: question, set, grid"),
+        ("{baseline: a, arms: {a: {grid: {train.steps: 5}}}}", "arms.a.grid.train.steps: must be a list but got 5"),
+        ("{baseline: a, arms: {a: nq}}", "arms.a: must hold keys and values but got 'nq'"),
+        ("{baseline: a, arms: {a: {per_task: each}}}", "arms.a.per_task: .*'share' or 'all' but got 'each'"),
+        ("[a, b]", "arms.yaml: must hold keys and values but got"),
+        ("{arms: {a: {}}}", "arms.yaml: missing key baseline"),
+        (
+            "{baseline: a, arms: {a: {set: {train.stepps: 3}}}}",
+            r"arms.yaml: arm a: unknown key train.stepps; known: tasks, steps",
+        ),
+        ("{baseline: a, arms: {a: {held_out: [nqq]}}}", "arms.yaml: arm a: held_out: unknown task 'nqq'; known: fever"),
         (
             "{baseline: a, arms: {a: {set: {train.tasks: [nq]}, held_out: [nq]}}}",
             "arm a: held_out names every task, so none is trained; leave one out of it",
@@ -105,7 +115,7 @@ def test_the_presets_expand_for_the_quickstart(config):
 )
 def test_what_is_wrong_with_an_arms_file_is_said(tree, message, config, tmp_path):
     with pytest.raises(ConfigError, match=message):
-        expand(arms(tree, tmp_path), config)
+        expand(arms(tree, tmp_path), config, "arms.yaml")
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
@@ -117,7 +127,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 
 def test_an_arm_that_trains_few_tasks_holds_out_of_those(config, tmp_path):
     tree = "{baseline: few, arms: {few: {set: {train.tasks: [fever, nq, wow]}, held_out: [wow]}}}"
-    (found,) = expand(arms(tree, tmp_path), config)
+    (found,) = expand(arms(tree, tmp_path), config, "arms.yaml")
     assert {task.name for task in found.config.trained_tasks} == {"fever", "nq"}
 
 

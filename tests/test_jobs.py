@@ -78,7 +78,7 @@ def test_local_paths_are_made_absolute_and_s3_uris_are_not(tmp_path, monkeypatch
 
 def test_what_the_cluster_cannot_hold_is_refused_with_both_numbers(ray_cluster):
     started = time.monotonic()
-    with pytest.raises(PlacementError, match=r"needs 99 CPUs and 1 GPUs, the cluster has 4 and 0 after 0 s"):
+    with pytest.raises(PlacementError, match=r"needs 99 CPUs and 1 GPUs, the cluster has 4 and 0; add nodes"):
         cluster.require("training", cpus=99, gpus=1, wait_s=0.5)
     assert time.monotonic() - started < 30
     cluster.require("training", cpus=4, wait_s=0)
@@ -124,7 +124,7 @@ def test_trials_that_need_the_same_run_are_not_made_at_the_same_time(tmp_path):
         "again: {set: {specialization.method: mean}, grid: {specialization.strength: [2.0]}, analyze: true}}}"
     )
     (tmp_path / "arms.yaml").write_text(tree)
-    candidates = expand(read_arms(str(tmp_path / "arms.yaml")), config)
+    candidates = expand(read_arms(str(tmp_path / "arms.yaml")), config, "arms.yaml")
     trials = [Planned(str(n), one, None if one.plan.lexical else 0) for n, one in enumerate(candidates)]
     assert waves(trials) == [[0, 1, 2, 4], [3]]
     assert waves([*trials, trials[1]]) == [[0, 1, 2, 4], [3], [5]]
@@ -133,7 +133,7 @@ def test_trials_that_need_the_same_run_are_not_made_at_the_same_time(tmp_path):
 def test_a_candidate_that_failed_with_a_seed_is_not_chosen_from(tmp_path):
     tree = "{baseline: a, arms: {a: {choose: {train.steps: [1, 2]}}, b: {}, c: {set: {train.steps: 3}}}}"
     (tmp_path / "arms.yaml").write_text(tree)
-    candidates = expand(read_arms(str(tmp_path / "arms.yaml")), load_config("quickstart"))
+    candidates = expand(read_arms(str(tmp_path / "arms.yaml")), load_config("quickstart"), "arms.yaml")
     plan = [Planned(f"{one.row}{one.label}-{seed}", one, seed) for one in candidates for seed in (0, 1)]
     assert [trial.key for trial in comparable(plan, ["asteps=2-1", "b-0", "c-0", "c-1"])] == [
         "asteps=1-0", "asteps=1-1", "b-1",
@@ -152,7 +152,7 @@ def test_a_candidate_that_failed_with_a_seed_is_not_chosen_from(tmp_path):
 )
 def test_an_arm_that_nothing_could_measure_is_refused(tmp_path, arm, dev, missing):
     (tmp_path / "arms.yaml").write_text(f"{{baseline: a, arms: {{a: {arm}}}}}")
-    candidates = expand(read_arms(str(tmp_path / "arms.yaml")), load_config("quickstart"))
+    candidates = expand(read_arms(str(tmp_path / "arms.yaml")), load_config("quickstart"), "arms.yaml")
     with pytest.raises(ConfigError, match=f"arm a: no dev queries of {missing} to measure it with; name files under"):
         require_dev_queries(candidates, dev)
     require_dev_queries(candidates, ("nq", "wow", "fever"))
@@ -164,7 +164,7 @@ def test_a_trial_is_another_one_if_what_decides_its_numbers_differs(tmp_path, mo
 
     def key(**values):
         config = load_config("quickstart", [f"{name.replace('__', '.')}={value}" for name, value in values.items()])
-        (candidate,) = expand(read_arms(str(tmp_path / "arms.yaml")), config)
+        (candidate,) = expand(read_arms(str(tmp_path / "arms.yaml")), config, "arms.yaml")
         return trial.trial_key(candidate, 0, Inputs("prepared", None))
 
     assert key() == key(index__actors=2) == key(index__shards=5) == key(index__recall=0.5) == key(train__log_every=3)
@@ -181,7 +181,7 @@ def test_a_trial_is_another_one_if_what_decides_its_numbers_differs(tmp_path, mo
 def test_what_was_measured_of_several_retrievers_outlives_the_job(tmp_path, monkeypatch):
     """A trial of one retriever per task takes as many trainings and indexes."""
     (tmp_path / "arms.yaml").write_text("{baseline: single, arms: {single: {per_task: share}}}")
-    (candidate,) = expand(read_arms(str(tmp_path / "arms.yaml")), load_config("quickstart"))
+    (candidate,) = expand(read_arms(str(tmp_path / "arms.yaml")), load_config("quickstart"), "arms.yaml")
     made, fails = [], {"trex"}
 
     def one(candidate, seed, config, inputs, prepared):

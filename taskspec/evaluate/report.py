@@ -214,5 +214,6 @@ def _shortened(text: str) -> str:
 
 RPREC_NOTE = (
     "R-precision (Rprec): share of the gold pages found among as many first guesses as there are gold pages, the best "
-    "evidence set counting. The average counts each task once. Best of each row in bold."
+    "evidence set counting. The average counts each task once. Bold is the highest of this one run; whether a "
+    "difference is more than luck, jobs.sweep tells."
 )
