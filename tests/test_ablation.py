@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from pathlib import Path
+from statistics import fmean
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -93,6 +94,7 @@ def test_a_task_without_its_elements_falls_and_the_other_stays(bag_of_words, pre
     # Its texts are then zero, so all pages tie and the first one is answered: a page of the sky.
     assert fallen.owned == {"sky": {"sky": 0.75, "colors": 0.0}, "colors": {"sky": 0.0, "colors": 1.0}}
     assert fallen.share == 12 / 25
+    assert fallen.own == {"sky": (0.0, 1.0, 1.0, 1.0), "colors": (1.0, 1.0, 1.0, 1.0)}
 
 
 def test_without_embeddings_only_the_rest_is_zeroed(bag_of_words, prepared):
@@ -114,6 +116,10 @@ def test_the_random_elements_are_those_of_the_seed_and_all_of_them_where_all_are
         assert one[part].random != other[part].random
     whole = ablate(bag_of_words, prepared, found, SETTINGS, share=1.0, seed=0)["all elements"]
     assert whole.random == whole.owned == {task: {"sky": 0.75, "colors": 1.0} for task in TEXTS}
+    assert whole.own_random == whole.own
+    part = other["all elements"]
+    for of_queries, grid in ((part.own, part.owned), (part.own_random, part.random)):
+        assert {task: fmean(falls) for task, falls in of_queries.items()} == {task: grid[task][task] for task in TEXTS}
 
 
 def test_passages_embedded_in_parts_keep_their_rows(bag_of_words, prepared, monkeypatch):

@@ -443,6 +443,8 @@ def test_what_else_the_trials_measured_as_it_is_read():
         share=0.01,
         owned={"a": {"a": 0.3, "b": 0.1}, "b": {"a": 0.2, "b": 0.1}},
         random={"a": {"a": 0.1, "b": 0.0}, "b": {"a": 0.0, "b": 0.1}},
+        own={"a": (0.3, 0.3), "b": (0.1, 0.1)},
+        own_random={"a": (0.1, 0.1), "b": (0.1, 0.1)},
     )
     trials = [
         trial("mean", zero_shot=zero_shot, measured={"ablations": {"all elements": ablation}}, a=[1]),
@@ -456,9 +458,10 @@ def test_what_else_the_trials_measured_as_it_is_read():
         "taco                        0.0       −25.0  no difference shown        0.0        +0.0  no difference shown",
         "  b                         0.0                                         0.0",
     ]
-    assert ablation_text(comparison).splitlines() == [
-        "fall after zeroing, points   own  others  random  own largest  beyond random    both",
-        "mean, all elements          20.0    15.0    10.0       1 of 2         1 of 2  1 of 2",
+    assert ablation_text(comparison).splitlines()[:-2] == [
+        "fall, points         own  others  random  margin    over queries  over seeds  largest  beyond    both",
+        "mean, all elements  20.0    15.0    10.0   +10.0  +10.0 to +10.0    one seed   1 of 2  1 of 2  1 of 2",
+        "",
     ]
     assert cost_text(comparison).splitlines() == [
         "cost  retrievers  training queries  parameters  index, MB  passages per refresh",

@@ -122,10 +122,17 @@ def ownership(first: float) -> Ownership:
     return Ownership(entropy=first, owned=shares(first), by_layer=layers, by_kind={"norm": shares(first)})
 
 
-def ablation(own: float) -> Ablation:
-    """Falls of `own` where a task's own elements are zeroed, 0.02 elsewhere and for random ones."""
+def ablation(own: float, first: float = 0.0) -> Ablation:
+    """Falls of `own` where a task's own elements are zeroed, 0.02 elsewhere and for random ones; the first of two
+    queries falls by `first` more than the other."""
     random = {task: dict.fromkeys(TASKS, 0.02) for task in TASKS}
-    return Ablation(share=0.01, owned={task: {**random[task], task: own} for task in TASKS}, random=random)
+    return Ablation(
+        share=0.01,
+        owned={task: {**random[task], task: own} for task in TASKS},
+        random=random,
+        own=dict.fromkeys(TASKS, (own + first / 2, own - first / 2)),
+        own_random=dict.fromkeys(TASKS, (0.02, 0.02)),
+    )
 
 
 def ablations(own: float) -> dict[str, Ablation]:
@@ -304,7 +311,7 @@ def test_a_row_shows_average_difference_intervals_and_verdict(page: Page) -> Non
     assert re.fullmatch(r"\+\d+\.\d to \+\d+\.\d", queries)
     assert verdict == "▲ higher"
     assert page.line("All rows", "bm25")[1] == "–"
-    assert page.sections["All rows"].startswith("10 rows against mean. higher: ")
+    assert page.sections["All rows"].startswith("10 row(s) against mean. higher: ")
 
 
 def test_the_two_candidates_that_measured_a_row_are_named(tmp_path: Path) -> None:
@@ -410,6 +417,15 @@ def test_the_maps_show_the_baseline_and_the_best_row_over_the_same_tasks(page: P
         assert list(dict.fromkeys(r["map"] for r in records(folder / f"{name}.csv"))) == ["mean", f"{ENDS} strength=16"]
 
 
+def test_where_the_baseline_was_not_analyzed_the_first_row_that_was_is_the_control(tmp_path: Path) -> None:
+    rows = {"mean": None, "control": ownership(0.2), "better": ownership(0.3), "worse": ownership(0.4)}
+    levels = {"mean": 0.9, "control": 0.4, "better": 0.6, "worse": 0.2}
+    trials = [trial(row, level=levels[row], ownership=found) for row, found in rows.items()]
+    written(tmp_path, Comparison.of(trials, "mean"))
+    maps = list(dict.fromkeys(r["map"] for r in records(tmp_path / "ownership-layer.csv")))
+    assert maps == ["control", "better"]
+
+
 def test_only_trials_that_measured_a_row_count(tmp_path: Path) -> None:
     def of(level: float, first: float, seed: int, candidate: str) -> Trial:
         return trial("one", level=level, seed=seed, candidate=candidate, ownership=ownership(first), cost=None)
@@ -437,39 +453,85 @@ def test_the_course_shows_the_best_of_the_rows_that_lean(folder: Path, page: Pag
     assert shown == [f"row{n}" for n in range(9, 1, -1)]
 
 
-def test_ablation_says_for_how_many_tasks_the_fall_is_largest(page: Page, folder: Path, comparison) -> None:
+def test_ablation_shows_falls_margins_and_for_how_many_tasks_the_own_is_largest(page: Page, folder: Path) -> None:
+    counts = ["3 of 3", "3 of 3", "3 of 3"]
+    none = ["0 of 3", "0 of 3", "0 of 3"]
+    lower = "−2.0 ▼|−2.0 to −2.0 · −2.0 to −2.0"
     assert page.tables["Proof by ablation"][1:] == [
-        ["mean", "all elements", "3 of 3", "3, 3", "3 of 3", "3, 3"],
-        [ODD, "all elements", "0 of 3", "0, 0", "0 of 3", "0, 0"],
+        ["mean", "all elements", "3.0", "2.0", "2.0", "+1.0 ▲|+1.0 to +1.0 · +1.0 to +1.0", "–", *counts],
+        [ODD, "all elements", "1.0", "2.0", "2.0", "−1.0 ▼|−1.0 to −1.0 · −1.0 to −1.0", lower, *none],
     ]
-    assert "For 3 of 3 tasks the fall is largest for the task whose elements were zeroed" in page.source
-    hits = [(r["row"], r["seed"], r["hits"]) for r in records(folder / "ablation.csv")]
-    assert hits[:3] == [("mean", "mean", "3"), ("mean", "0", "3"), ("mean", "1", "3")]
+    found = {(r["row"], r["seed"]): r for r in records(folder / "ablation.csv")}
+    assert list(found)[:5] == [("mean", of) for of in ("mean", "0", "1", "own − random", "to baseline")]
+    assert {key[1]: r["both"] for key, r in found.items() if key[0] == "mean"} == {
+        "mean": "3",
+        "0": "3",
+        "1": "3",
+        "own − random": "",
+        "to baseline": "",
+    }
+    assert float(found[ODD, "to baseline"]["difference"]) == pytest.approx(-0.02)
     falls = {(r["map"], r["zeroed for"], r["evaluated"]): float(r["value"]) for r in records(folder / "ablation-1.csv")}
     assert len(falls) == 2 * 3 * 3
     assert falls["elements a task owns most", "nq", "nq"] == pytest.approx(0.03)
     assert falls["random elements", "nq", "nq"] == pytest.approx(0.02)
 
 
-def test_the_hits_of_the_mean_are_of_the_mean_falls(tmp_path: Path) -> None:
+def test_a_margin_is_paired_by_seed_and_has_intervals_over_queries_and_seeds(tmp_path: Path) -> None:
+    trials = [
+        trial(row, seed=seed, ablations={"all elements": ablation(own + 0.1 * seed, first=0.1)})
+        for row, own, seeds in (("mean", 0.1, (0, 1)), ("taco", 0.2, (1, 2)))
+        for seed in seeds
+    ]
+    comparison = Comparison.of(trials, "mean")
+    page = written(tmp_path, comparison)
+    margin = comparison.ablation_margin("mean", "all elements")
+    assert margin is not None
+    assert margin.mean == pytest.approx(0.13)
+    assert (margin.count, margin.verdict) == (2, "no difference shown")
+    assert margin.seeds is not None
+    assert margin.seeds.high == pytest.approx(seed_interval(np.array([0.08, 0.18])).high)
+    assert 0.08 <= margin.queries.low < 0.13 < margin.queries.high <= 0.18
+    assert page.line("Proof by ablation", "mean")[4].startswith("+13.0|+")
+    change = comparison.ablation_margin("taco", "all elements", to_baseline=True)
+    assert change is not None
+    assert (change.count, change.seeds) == (1, None)  # only seed 1 was measured of both
+    assert change.mean == pytest.approx(0.1)
+    assert page.line("Proof by ablation", "taco")[5].endswith(" · one seed")
+
+
+def test_counts_of_the_mean_are_of_the_mean_falls(tmp_path: Path) -> None:
     trials = [trial("mean", seed=seed, ablations=ablations(own)) for seed, own in ((0, 0.0), (1, 0.1))]
     page = written(tmp_path, Comparison.of(trials, "mean"))
-    assert page.line("Proof by ablation", "mean") == ["all elements", "3 of 3", "0, 3", "3 of 3", "0, 3"]
+    assert page.line("Proof by ablation", "mean")[-3:] == ["3 of 3", "3 of 3", "3 of 3"]
+    assert [r["both"] for r in records(tmp_path / "ablation.csv")][:3] == ["3", "0", "3"]
 
 
-def test_tasks_hit_and_specific_are_counted_apart_and_each_choice_of_elements_alone(tmp_path: Path) -> None:
-    # nq always has most to lose, so no other task is hit; yet each falls most by its own elements.
+def test_each_choice_of_elements_is_counted_alone(tmp_path: Path) -> None:
+    # nq always has most to lose, so no other task is the one that falls most; yet each falls by its own elements.
     owned = {"nq": {"nq": 0.5, "fever": 0.1}, "fever": {"nq": 0.4, "fever": 0.2}}
     random = {task: {"nq": 0.0, "fever": 0.0} for task in owned}
-    found = {"all elements": Ablation(share=0.01, owned=owned, random=random)}
-    found["without embeddings"] = Ablation(share=0.01, owned=random, random=random)
+    falls, nothing = {"nq": (0.5,), "fever": (0.2,)}, {"nq": (0.0,), "fever": (0.0,)}
+    found = {
+        "all elements": Ablation(share=0.01, owned=owned, random=random, own=falls, own_random=nothing),
+        "without embeddings": Ablation(share=0.01, owned=random, random=random, own=nothing, own_random=nothing),
+    }
     page = written(tmp_path, Comparison.of([trial("mean", ablations=found, cost=None)], "mean"))
-    assert page.tables["Proof by ablation"][1:] == [
-        ["mean", "all elements", "1 of 2", "1", "2 of 2", "2"],
-        ["mean", "without embeddings", "0 of 2", "0", "0 of 2", "0"],
+    assert [(line[1], *line[-3:]) for line in page.tables["Proof by ablation"][1:]] == [
+        ("all elements", "1 of 2", "2 of 2", "1 of 2"),
+        ("without embeddings", "0 of 2", "0 of 2", "0 of 2"),
     ]
-    counts = [(r["elements"], r["hits"], r["specific"]) for r in records(tmp_path / "ablation.csv") if r["seed"] == "0"]
-    assert counts == [("all elements", "1", "2"), ("without embeddings", "0", "0")]
+
+
+def test_rows_that_were_not_ablated_have_no_margin(tmp_path: Path) -> None:
+    held = {"nq": {"nq": 0.1}}
+    other = Ablation(share=0.01, owned=held, random=held, own={"nq": (0.1,)}, own_random={"nq": (0.1,)})
+    trials = [trial("mean", ablations=ablations(0.1)), trial("plain"), trial("held", ablations={"all elements": other})]
+    comparison = Comparison.of(trials, "mean")
+    assert comparison.ablation_margin("plain", "all elements") is None
+    assert comparison.ablation_margin("plain", "all elements", to_baseline=True) is None
+    assert comparison.ablation_margin("held", "all elements", to_baseline=True) is None  # of one task, not of three
+    assert [line[0] for line in written(tmp_path, comparison).tables["Proof by ablation"][1:]] == ["mean", "held"]
 
 
 def test_maps_of_many_rows_are_folded(tmp_path: Path, page: Page, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,8 @@ TRIAL = Trial(
             share=0.01,
             owned={"nq": {"nq": 0.2, "fever": 0.1}, "fever": {"nq": 0.0, "fever": 0.0}},
             random={"nq": {"nq": 0.1, "fever": 0.1}, "fever": {"nq": 0.0, "fever": 0.0}},
+            own={"nq": (0.4, 0.0), "fever": (0.0, 0.0)},
+            own_random={"nq": (0.1, 0.1), "fever": (0.0, 0.0)},
         )
     },
     checkpoint="s3://runs/3",
@@ -55,7 +57,7 @@ def test_a_trial_survives_json(trial):
 
 
 @pytest.mark.parametrize(
-    ("owned", "random", "hits"),
+    ("owned", "random", "both"),
     [
         pytest.param((0.3, 0.1), 0.2, ("a",), id="falls most, and more than by random elements"),
         pytest.param((0.3, 0.3), 0.2, (), id="another falls as much"),
@@ -64,20 +66,17 @@ def test_a_trial_survives_json(trial):
         pytest.param((-0.1, -0.2), -0.3, ("a",), id="rises least"),
     ],
 )
-def test_a_task_is_hit_where_it_falls_more_than_the_others_and_than_by_random_elements(owned, random, hits):
+def test_both_are_tasks_that_fall_more_than_the_others_and_than_by_random_elements(owned, random, both):
     falls = dict(zip("ab", owned, strict=True))
-    assert Ablation(share=0.01, owned={"a": falls}, random={"a": {"a": random, "b": 9.0}}).hits() == hits
+    assert ablation({"a": falls}, {"a": {"a": random, "b": 9.0}}).both() == both
 
 
-def test_hits_keep_the_order_of_the_tasks():
+def test_tasks_keep_their_order():
     owned = {"b": {"a": 0.0, "b": 0.1}, "a": {"a": 0.1, "b": 0.0}}
     random = {"b": {"a": 0.0, "b": 0.0}, "a": {"a": 0.0, "b": 0.0}}
-    assert Ablation(share=0.01, owned=owned, random=random).hits() == ("b", "a")
+    assert ablation(owned, random).both() == ("b", "a")
 
 
-def test_an_ablation_is_specific_where_a_task_falls_more_by_its_own_elements_than_by_any_other_s():
-    owned = {"a": {"a": 0.1, "b": 0.3}, "b": {"a": 0.0, "b": 0.2}}  # b falls most by the elements of a
-    random = {"a": {"a": 0.05, "b": 0.0}, "b": {"a": 0.0, "b": 0.0}}
-    assert Ablation(share=0.01, owned=owned, random=random).specific() == ("a",)
-    random["a"]["a"] = 0.1
-    assert Ablation(share=0.01, owned=owned, random=random).specific() == ()
+def ablation(owned, random) -> Ablation:
+    own, own_random = ({task: (falls[task],) for task, falls in grid.items()} for grid in (owned, random))
+    return Ablation(share=0.01, owned=owned, random=random, own=own, own_random=own_random)

@@ -1,12 +1,13 @@
 """The proof of ownership: zero the elements that a task owns most, and see which tasks find fewer of their pages.
 
-Path: checkpoint, probe, prepared data → [here] → comparison.  T tasks, P elements, N passages, D the embedding's
-dimension. One process, exact search, nothing written: an index on disk for each mask would be thrown away at once.
+Path: checkpoint, probe, prepared data → [here] → comparison.  T tasks, Q dev queries of a task, P elements, N
+passages, D the embedding's dimension. One process, exact search, nothing written: an index on disk for each mask would
+be thrown away at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 
 from taskspec.data.prepared import PreparedData
-from taskspec.evaluate.metrics import RPREC
 from taskspec.evaluate.run import evaluate
+from taskspec.evaluate.statistics import Floats
 from taskspec.index.shard import make_shard
 from taskspec.model.encoder import TextEncoder
 from taskspec.retrieve.catalog import Catalog, LocalShards
@@ -49,17 +50,25 @@ def ablate(
     generator = torch.Generator().manual_seed(seed)
     whole = _scores(text_encoder, prepared, found.tasks, settings)
 
-    def falls(mask_P: Tensor) -> dict[str, float]:
-        with zeroed(flat.theta_P, mask_P):
-            left = _scores(text_encoder, prepared, found.tasks, settings)
-        return {task: whole[task] - left[task] for task in found.tasks}
+    def falls(masks: Mapping[str, Tensor]) -> dict[str, dict[str, Floats]]:
+        """Task whose mask is zeroed → evaluated task → (Q,) falls."""
+        result = {}
+        for zeroed_task, mask_P in masks.items():
+            with zeroed(flat.theta_P, mask_P):
+                left = _scores(text_encoder, prepared, found.tasks, settings)
+            result[zeroed_task] = {task: whole[task] - left[task] for task in found.tasks}
+        return result
 
     def of(embeddings: bool) -> Ablation:
-        owned_P = {task: owned_most(found, task, share, embeddings=embeddings) for task in found.tasks}
+        masks = {task: owned_most(found, task, share, embeddings=embeddings) for task in found.tasks}
+        owned = falls(masks)
+        random = falls({task: random_mask(found, mask_P, generator) for task, mask_P in masks.items()})
         return Ablation(
             share=share,
-            owned={task: falls(mask_P) for task, mask_P in owned_P.items()},
-            random={task: falls(random_mask(found, mask_P, generator)) for task, mask_P in owned_P.items()},
+            owned=_means(owned),
+            random=_means(random),
+            own={task: tuple(owned[task][task].tolist()) for task in found.tasks},
+            own_random={task: tuple(random[task][task].tolist()) for task in found.tasks},
         )
 
     return {"all elements": of(embeddings=True), "without embeddings": of(embeddings=False)}
@@ -76,10 +85,14 @@ def zeroed(theta_P: Tensor, mask_P: Tensor) -> Iterator[None]:
         theta_P[mask_P] = kept
 
 
+def _means(falls: Mapping[str, Mapping[str, Floats]]) -> dict[str, dict[str, float]]:
+    return {zeroed: {task: float(fall_Q.mean()) for task, fall_Q in row.items()} for zeroed, row in falls.items()}
+
+
 def _scores(
     text_encoder: TextEncoder, prepared: PreparedData, tasks: Sequence[str], settings: Evaluate
-) -> dict[str, float]:
-    """Mean R-precision of each task's dev queries over passages embedded now."""
+) -> dict[str, Floats]:
+    """R-precision of each task's dev queries, (Q,), over passages embedded now."""
     parts = []
     for start in range(0, len(prepared.passages), PASSAGES_PER_CALL):
         rows = range(start, min(start + PASSAGES_PER_CALL, len(prepared.passages)))
@@ -88,4 +101,4 @@ def _scores(
     shard = make_shard("flat", np.concatenate(parts), row_start=0)
     retriever = Retriever(text_encoder, LocalShards([shard]), Catalog(prepared.passages, "ablation"))
     rows_of = evaluate(retriever, prepared, tasks, settings, system="ablation")
-    return {row.task: row.metrics[RPREC] for row in rows_of}
+    return {row.task: np.array(row.per_query_rprec) for row in rows_of}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from taskspec.errors import ConfigError
 from taskspec.evaluate.notation import difference_text, percent
 from taskspec.evaluate.statistics import Difference, Floats, paired_difference
 from taskspec.evaluate.trials import WAYS, Trial
+from taskspec.specialize.analysis import Ablation
 
 STRENGTH = "specialization.strength"
 """The key that curves are drawn over and a value is recommended of."""
@@ -217,6 +218,26 @@ class Comparison:
         """A row minus another, by default the baseline, as `Row.minus` takes it."""
         return self.row(name).minus(self.baseline if other is None else self.row(other), task)
 
+    @cache  # noqa: B019
+    def ablation_margin(self, name: str, elements: str, *, to_baseline: bool = False) -> Difference | None:
+        """How much more a task falls by zeroing what it owns most than by zeroing random elements, its own queries.
+
+        Args: elements: a key of `Trial.ablations`. to_baseline: what the row's margin is more than the baseline's,
+            on the seeds that both were ablated with.
+        Returns: None if the row was not ablated, or with `to_baseline` no seed of both on the same tasks.
+        """
+        mine = _ablated(self.row(name), elements)
+        if not to_baseline:
+            return paired_difference(_falls(mine, "own"), _falls(mine, "own_random")) if mine else None
+        theirs = _ablated(self.baseline, elements)
+        seeds = [seed for seed in mine if seed in theirs]
+        margins = []
+        for found in (mine, theirs):
+            own, random = (_falls({seed: found[seed] for seed in seeds}, kind) for kind in ("own", "own_random"))
+            margins.append({task: own[task] - random[task] for task in own})
+        mine_TSQ, theirs_TSQ = margins
+        return paired_difference(mine_TSQ, theirs_TSQ) if seeds and mine_TSQ.keys() == theirs_TSQ.keys() else None
+
     def zero_shot_rows(self) -> dict[Row, dict[str, Row]]:
         """Row → way of asking, as in `WAYS` → that row on the tasks held out of its training, for all that have some.
 
@@ -283,6 +304,17 @@ class Comparison:
         )
         smallest, largest = curve[0][0], curve[-1][0]
         return Recommendation(value=best, reason=reason, end=best == largest or best == smallest > 0)
+
+
+def _ablated(row: Row, elements: str) -> dict[int | None, Ablation]:
+    """Seed → ablation of a row's trials; of two candidates that measured the row, that of the last."""
+    return {trial.seed: trial.ablations[elements] for trial in row.used_trials() if elements in trial.ablations}
+
+
+def _falls(found: Mapping[int | None, Ablation], kind: Literal["own", "own_random"]) -> dict[str, Floats]:
+    """Task → (S, Q); empty for no seeds."""
+    by_seed = [getattr(one, kind) for one in found.values()]
+    return {task: np.array([falls[task] for falls in by_seed]) for task in by_seed[0]} if by_seed else {}
 
 
 def shared_seeds(rows: Iterable[Row]) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from taskspec.evaluate.notation import percent
 from taskspec.evaluate.page import Cell, Grid
 from taskspec.evaluate.statistics import CONFIDENCE, seed_interval
 from taskspec.evaluate.trials import WAYS
-from taskspec.specialize.analysis import mean_ablation
+from taskspec.specialize.analysis import Ablation
 
 STYLES = dict(zip(WAYS, ("-", ":"), strict=True))
 """Way of asking a task that was held out of training → how a line is drawn."""
@@ -204,8 +204,9 @@ def ownership_maps(folder: Path, comparison: Comparison) -> str:
         records += [(row.name, "owned", task, share) for task, share in shares.items()]
     page.write_csv(folder / "ownership.csv", ["row", "quantity", "task", "value"], records)
     head = [Cell("row"), Cell("entropy"), *(Cell(task, note="owned, %") for task in comparison.tasks)]
-    best = max([row for row in comparison.whole_rows if row in owned] or owned, key=lambda row: row.average)
-    shown = [row for row in dict.fromkeys([comparison.baseline, best]) if row in owned]
+    alike = [row for row in comparison.whole_rows if row in owned] or list(owned)
+    control = comparison.baseline if comparison.baseline in owned else alike[0]
+    shown = dict.fromkeys([control, max(alike, key=lambda row: row.average)])
     figures = []
     for field, label in (("by_layer", "layer"), ("by_kind", "kind")):
         grids = {row.name: _mean_grid([getattr(one, field) for one in owned[row]]) for row in shown}
@@ -250,40 +251,19 @@ def _mean_course(row: Row) -> dict[str, list[tuple[int, float]]]:
     return {key: [(step, mean_of(values)) for step, values in sorted(steps.items())] for key, steps in found.items()}
 
 
-def ablation_maps(folder: Path, comparison: Comparison) -> str:
-    """`ablation`: for how many tasks owned elements proved to be theirs; `ablation-<number>`: the falls, map by map."""
-    ablated = {
-        (row.name, elements): [(trial.seed, trial.ablations[elements]) for trial in row.used_trials()]
-        for row in comparison.rows
-        for elements in row.used_trials()[0].ablations
-    }
-    if not ablated:
-        return ""
-    figures, lines, records = [], [], []
-    for number, ((name, elements), found) in enumerate(ablated.items(), start=1):
-        mean = mean_ablation([one for _, one in found])
-        tasks = len(mean.owned)
-        hits = ", ".join(str(len(one.hits())) for _, one in found)
-        specific = ", ".join(str(len(one.specific())) for _, one in found)
-        counts = Cell(f"{len(mean.hits())} of {tasks}"), Cell(hits), Cell(f"{len(mean.specific())} of {tasks}")
-        lines.append(page.line(Cell(name), [Cell(elements, "text"), *counts, Cell(specific)]))
-        for seed, one in [("mean", mean), *found]:
-            records.append((name, elements, seed, tasks, len(one.hits()), len(one.specific())))
-        text = (
-            f"{name}, {elements}: fall of R-precision, in points, after zeroing {mean.share:.1%}. For "
-            f"{len(mean.hits())} of {tasks} tasks the fall is largest for the task whose elements were zeroed, and "
-            f"larger than for the random mask; seed by seed for {hits}"
-        )
+def ablation_maps(folder: Path, ablated: Mapping[tuple[str, str], Ablation]) -> str:
+    """`ablation-<number>`: the falls, map by map.
+
+    Args: ablated: row and elements → means over its seeds.    Returns: the figures alone.
+    """
+    figures = []
+    for number, ((name, elements), mean) in enumerate(ablated.items(), start=1):
+        text = f"{name}, {elements}: fall of R-precision, in points, after zeroing {mean.share:.1%}"
         grids = {"elements a task owns most": mean.owned, "random elements": mean.random}
         rows, columns = "zeroed for", "evaluated"
         figures.append(_maps(folder, f"ablation-{number}", text, grids, signed=True, rows=rows, columns=columns))
-    page.write_csv(folder / "ablation.csv", ["row", "elements", "seed", "tasks", "hits", "specific"], records)
-    head = [Cell("row"), Cell("zeroed among", "text"), Cell("tasks hit, mean fall"), Cell("seed by seed")]
-    head += [Cell("tasks specific, mean fall"), Cell("seed by seed")]
     maps = page.beside(figures)
-    if len(figures) > MAPS_OPEN:
-        maps = page.folded(f"{len(figures)} maps", maps)
-    return page.note(ABLATION_NOTE) + page.table(head, lines) + maps
+    return page.folded(f"{len(figures)} maps", maps) if len(figures) > MAPS_OPEN else maps
 
 
 # --- transfer ---------------------------------------------------------------------------------------------------------
@@ -321,16 +301,10 @@ CURVES_NOTE = (
 )
 OWNERSHIP_NOTE = (
     "An element is owned by the task whose loss is most sensitive to it, by one probe for all models. Entropy of the "
-    "tasks' shares of sensitivity: 1 is all alike, 0 is one task each. Means over seeds. The maps show the baseline "
-    "and, of the rows that were analyzed, the one with the highest average."
+    "tasks' shares of sensitivity: 1 is all alike, 0 is one task each. Means over seeds. The maps show the baseline, "
+    "or the first row that was analyzed, and of those that were the one with the highest average."
 )
 COURSE_NOTE = (
     f"The {COURSES_SHOWN} rows with the highest average among those whose updates are not the plain mean of the tasks' "
     "gradients (entropy or ‖g‖ ratio is not 1)."
-)
-ABLATION_NOTE = (
-    "A task is hit if zeroing the elements that it owns most lowers its own R-precision more than every other task's. "
-    "It is specific if they lower it more than the elements of any other task do, which does not depend on how much a "
-    "task has to lose. Both also ask for more than as many random elements of each tensor do. In the maps a row is a "
-    "task whose elements were zeroed, a column an evaluated task; positive is worse."
 )

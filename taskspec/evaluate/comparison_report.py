@@ -35,6 +35,7 @@ from taskspec.evaluate.notation import average_text, interval_text, percent, sig
 from taskspec.evaluate.page import Cell
 from taskspec.evaluate.statistics import CONFIDENCE, Difference, Verdict
 from taskspec.evaluate.trials import WAYS, Cost
+from taskspec.specialize.analysis import mean_ablation
 
 MARKS: dict[Verdict, str] = {"higher": "▲", "lower": "▼", "no difference shown": ""}
 """Verdict → its mark."""
@@ -73,7 +74,7 @@ def write_comparison(
             "R-precision over strength": strength_curves(folder, comparison, advice),
             "Who owns the parameters": ownership_maps(folder, comparison),
             "The course of training": course_curves(folder, comparison),
-            "Proof by ablation": ablation_maps(folder, comparison),
+            "Proof by ablation": _ablation(folder, comparison),
             "Tasks held out of training": _transfer(folder, comparison),
             "Cost of ownership": _cost(folder, comparison),
             "Versions": page.pairs(page.versions()),
@@ -148,7 +149,7 @@ def _all_rows(folder: Path, comparison: Comparison, arms: Mapping[str, Arm]) -> 
         records.append((row.name, row.arm, plan.question, plan.describe(), *averages, *_change(found), even, odd))
     page.write_csv(folder / "rows.csv", columns, records)
     counts = ", ".join(f"{verdict}: {verdicts.count(verdict)}" for verdict in MARKS)
-    summary = page.note(f"{len(verdicts)} rows against {comparison.baseline.name}. {counts}.", "lead")
+    summary = page.note(f"{len(verdicts)} row(s) against {comparison.baseline.name}. {counts}.", "lead")
     return summary + page.table(head, lines) + page.note(ROWS_NOTE)
 
 
@@ -164,6 +165,41 @@ def _per_task(folder: Path, comparison: Comparison) -> str:
         lines.append(page.line(Cell(row.name), cells.values()))
     page.write_csv(folder / "tasks.csv", ["row", "task", "average", *CHANGE], records)
     return page.table([Cell("row"), *map(Cell, comparison.tasks)], lines) + page.note(TASKS_NOTE)
+
+
+# --- ablation ---------------------------------------------------------------------------------------------------------
+
+
+def _ablation(folder: Path, comparison: Comparison) -> str:
+    """`ablation`: how much more a task falls by what it owns than by random elements; the falls, map by map."""
+    lines, records, ablated = [], [], {}
+    for row in comparison.rows:
+        trials = row.used_trials()
+        for elements in trials[0].ablations:
+            found = {trial.seed: trial.ablations[elements] for trial in trials}
+            mean = ablated[row.name, elements] = mean_ablation(list(found.values()))
+            tasks = len(mean.owned)
+            margin = comparison.ablation_margin(row.name, elements)
+            is_baseline = row is comparison.baseline
+            change = None if is_baseline else comparison.ablation_margin(row.name, elements, to_baseline=True)
+            cells = [Cell(elements, "text"), *(Cell(f"{100 * fall:.1f}") for fall in mean.falls())]
+            cells += [_change_cell(margin), _change_cell(change)]
+            cells += [Cell(f"{len(of)} of {tasks}") for of in (mean.largest(), mean.beyond_random(), mean.both())]
+            lines.append(page.line(Cell(row.name), cells))
+            for seed, one in [("mean", mean), *found.items()]:
+                counts = [len(of) for of in (one.largest(), one.beyond_random(), one.both())]
+                records.append((row.name, elements, seed, tasks, *one.falls(), *counts, *_change(None, "")))
+            nothing = [None] * 6
+            records.append((row.name, elements, "own − random", tasks, *nothing, *_change(margin)))
+            records.append((row.name, elements, "to baseline", tasks, *nothing, *_change(change)))
+    if not ablated:
+        return ""
+    columns = ["row", "elements", "seed", "tasks", "own", "others", "random", "largest", "beyond_random", "both"]
+    page.write_csv(folder / "ablation.csv", [*columns, *CHANGE], records)
+    head = [Cell("row"), Cell("zeroed among", "text"), *map(Cell, ("own", "others", "random", "own − random"))]
+    head.append(Cell("to baseline", note="own − random"))
+    head += map(Cell, ("largest", "beyond random", "both"))
+    return page.table(head, lines) + page.note(ABLATION_NOTE) + ablation_maps(folder, ablated)
 
 
 # --- transfer and cost ------------------------------------------------------------------------------------------------
@@ -242,3 +278,10 @@ TRANSFER_NOTE = (
     "difference its intervals, over queries · over seeds; ▲ or ▼ where it is shown. Dotted: without prompt."
 )
 COST_NOTE = "R-precision in percent. All retrievers of a row together, means over seeds. MB are millions of bytes."
+ABLATION_NOTE = (
+    "Fall of R-precision, in points, over tasks: by zeroing the elements that the task owns most (own), that other "
+    "tasks own most (others), and as many random elements of each tensor (random). Below a difference its intervals, "
+    "over queries · over seeds; ▲ or ▼ where it is shown. Largest: tasks that fall more than every other by their own "
+    "elements; beyond random: more than by the random ones. In the maps a row is a task whose elements were zeroed, a "
+    "column an evaluated task; positive is worse."
+)

@@ -17,6 +17,11 @@ TEXT_WIDTH = 120
 """Columns of a terminal that the tables keep to."""
 NAME_WIDTH = 20
 """Columns to which a row's name may be cut."""
+COUNTS = ("largest", "beyond", "both")
+ABLATION_NOTES = (
+    "Fall of a task by zeroing what it owns most, what others own most, and as many random elements of each tensor;",
+    "margin: own − random. Tasks whose own fall is larger than every other's, than by the random ones, than both.",
+)
 
 
 def comparison_text(comparison: Comparison) -> str:
@@ -85,19 +90,25 @@ def zero_shot_text(comparison: Comparison) -> str | None:
 
 
 def ablation_text(comparison: Comparison) -> str | None:
-    """Falls after zeroing what a task owns most, in points: its own, other tasks', by a random mask; and for how many
-    tasks the own fall is the largest and beyond the random mask's."""
-    lines = [["fall after zeroing, points", "own", "others", "random", "own largest", "beyond random", "both"]]
+    """Falls after zeroing what a task owns most, in points: its own, other tasks', by a random mask; how much more the
+    own one is than by the random mask; and for how many tasks the own fall is the largest and beyond the random mask's.
+    """
+    lines = [["fall, points", "own", "others", "random", "margin", "over queries", "over seeds", *COUNTS]]
     for row in comparison.rows:
         trials = row.used_trials()
         for elements in trials[0].ablations:
             mean = mean_ablation([trial.ablations[elements] for trial in trials])
-            own, others, random = mean.falls()
-            count = len(mean.owned)
-            cells = [f"{100 * fall:.1f}" for fall in (own, others, random)]
-            counts = [f"{len(tasks)} of {count}" for tasks in (mean.largest(), mean.beyond_random(), mean.hits())]
+            cells = [f"{100 * fall:.1f}" for fall in mean.falls()]
+            margin = comparison.ablation_margin(row.name, elements)
+            assert margin is not None  # the row was ablated
+            cells += [signed(margin.mean), interval_text(margin.queries), interval_text(margin.seeds)]
+            counts = [
+                f"{len(tasks)} of {len(mean.owned)}" for tasks in (mean.largest(), mean.beyond_random(), mean.both())
+            ]
             lines.append([f"{row.name}, {elements}", *cells, *counts])
-    return _table(lines) if len(lines) > 1 else None
+    if len(lines) == 1:
+        return None
+    return "\n".join([_table(lines), "", *ABLATION_NOTES])
 
 
 def cost_text(comparison: Comparison) -> str | None:

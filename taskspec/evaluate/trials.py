@@ -79,6 +79,9 @@ class Trial:
                 "cost": Cost(**value["cost"]) if value["cost"] else None,
                 "course": {name: tuple((s, v) for s, v in points) for name, points in value["course"].items()},
                 "ownership": Ownership(**value["ownership"]) if value["ownership"] else None,
-                "ablations": {name: Ablation(**tree) for name, tree in value["ablations"].items()},
+                "ablations": {
+                    name: Ablation(**{**tree, **{key: scores(tree[key]) for key in ("own", "own_random")}})
+                    for name, tree in value["ablations"].items()
+                },
             }
         )

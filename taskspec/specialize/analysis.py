@@ -51,6 +51,10 @@ class Ablation:
     """Task whose elements were zeroed → evaluated task → fall."""
     random: Mapping[str, Mapping[str, float]]
     """The same for random touched elements, as many in each tensor."""
+    own: Mapping[str, tuple[float, ...]]
+    """Task → fall of each of its dev queries when its own elements were zeroed; their mean is in `owned`."""
+    own_random: Mapping[str, tuple[float, ...]]
+    """Task → fall of each of its dev queries when as many random elements were."""
 
     def falls(self) -> tuple[float, float, float]:
         """Means over tasks: of a task by its own elements, by those of other tasks, and by random ones."""
@@ -74,24 +78,13 @@ class Ablation:
         """Tasks that fall more by their own elements than by random ones."""
         return tuple(task for task, falls in self.owned.items() if falls[task] > self.random[task][task])
 
-    def hits(self) -> tuple[str, ...]:
+    def both(self) -> tuple[str, ...]:
         """Tasks that fall more than every other when their own elements are zeroed, and more than by random ones."""
         return tuple(task for task in self.largest() if task in self.beyond_random())
 
-    def specific(self) -> tuple[str, ...]:
-        """Tasks that fall more by their own elements than by those of any other task, and more than by random ones.
-
-        Unlike `hits` it compares a task with itself, so it does not matter how much a task has to lose.
-        """
-        return tuple(
-            task
-            for task in self.beyond_random()
-            if all(self.owned[task][task] > other[task] for name, other in self.owned.items() if name != task)
-        )
-
 
 def mean_ablation(found: Sequence[Ablation]) -> Ablation:
-    """Of several models of the same tasks, fall by fall."""
+    """Of several models of the same tasks and queries, fall by fall."""
 
     def average(grids: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
         return {
@@ -99,10 +92,15 @@ def mean_ablation(found: Sequence[Ablation]) -> Ablation:
             for zeroed, falls in grids[0].items()
         }
 
+    def by_query(grids: Sequence[Mapping[str, tuple[float, ...]]]) -> dict[str, tuple[float, ...]]:
+        return {task: tuple(map(fmean, zip(*(grid[task] for grid in grids), strict=True))) for task in grids[0]}
+
     return Ablation(
         share=fmean(one.share for one in found),
         owned=average([one.owned for one in found]),
         random=average([one.random for one in found]),
+        own=by_query([one.own for one in found]),
+        own_random=by_query([one.own_random for one in found]),
     )
 
 
