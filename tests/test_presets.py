@@ -1,10 +1,14 @@
 """The configurations that ship: each loads, and the published setting holds the published numbers."""
 
+from pathlib import Path
+
 import pytest
 
+from taskspec.arms import expand, read_arms
 from taskspec.config import Config, load_config, presets_folder
 
 PRESETS = sorted(path.stem for path in presets_folder().glob("*.yaml"))
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +27,14 @@ def test_a_preset_loads_and_its_tasks_have_files(name: str) -> None:
     assert all(task.train and task.dev for task in config.tasks)
     # At least two queries of every task are in a step.
     assert config.mixing.queries_per_step >= 2 * len(config.tasks)
+
+
+@pytest.mark.parametrize("path", sorted((BENCHMARKS / "arms").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_arms_of_the_evidence_expand_and_each_says_what_it_is_to_show(path: Path) -> None:
+    config = load_config(BENCHMARKS / ("minikilt.yaml" if path.stem.startswith("minikilt") else "world.yaml"))
+    arms = read_arms(str(path))
+    assert len(expand(arms, config, path.name)) >= 2
+    assert all(arm.question for arm in arms.arms.values())
 
 
 def test_kilt_has_the_eight_tasks_in_kilts_own_files(kilt: Config) -> None:
