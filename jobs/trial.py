@@ -16,12 +16,13 @@ from taskspec.arms import Candidate
 from taskspec.config import Config, canonical_sha256
 from taskspec.evaluate.run import evaluate
 from taskspec.evaluate.trials import Cost, Trial
+from taskspec.specialize.analysis import Ablation
 from taskspec.train.checkpoint import encoder_id, open_encoder, run_identity
 
 if TYPE_CHECKING:
     from taskspec.data.prepared import PreparedData
     from taskspec.model.encoder import TextEncoder
-    from taskspec.specialize.analysis import Ablation, Ownership
+    from taskspec.specialize.analysis import Ownership
 
 PROBE_STEPS = 16
 """Steps whose batches measure who owns which parameter: those after the last one trained on."""
@@ -42,7 +43,7 @@ def trial_key(candidate: Candidate, seed: int | None, inputs: Inputs) -> str:
     measured = [
         plan.lexical,
         plan.held_out,
-        plan.analyze,
+        plan.analyze and [field.name for field in fields(Ablation)],  # another shape: to be made again
         config.index.model_dump(mode="json", include={"precision", "kind"} | (set() if exact else APPROXIMATION)),
         config.evaluate.model_dump(mode="json"),
     ]

@@ -137,12 +137,11 @@ def expand(arms: Arms, config: Config, where: str) -> list[Candidate]:
                 label = " ".join(map(_setting, chosen.items()))
                 changed = with_values(config, {**arm.set, **values, **chosen}, f"{where}: arm {row}")
                 if arm.held_out:
-                    known = [task.name for task in config.tasks]
-                    for task in arm.held_out:
-                        if task not in known:
-                            raise ConfigError(
-                                f"{where}: arm {row}: held_out: unknown task {task!r}; known: {', '.join(known)}"
-                            )
+                    try:
+                        for task in arm.held_out:
+                            config.task(task)
+                    except ConfigError as error:
+                        raise ConfigError(f"{where}: arm {row}: held_out: {error}") from error
                     trained = [task.name for task in changed.trained_tasks if task.name not in arm.held_out]
                     if not trained:
                         raise ConfigError(

@@ -215,6 +215,14 @@ def _position(items: list[Any], key: str, where: str) -> int:
     raise ConfigError(f"{where}: no item {key!r}; known: {known}")
 
 
+YAML_WORDS = {
+    "tuple_type": "must be a list",
+    "model_type": "must hold keys and values",
+    "dict_type": "must hold keys and values",
+}
+"""Kind of error → the rule, where pydantic's own words are Python's."""
+
+
 def broken_rules(error: ValidationError, root: type[BaseModel]) -> list[str]:
     """What is wrong with a tree, a line for each broken rule: key, rule, value, and for an unknown key the known ones.
 
@@ -230,10 +238,7 @@ def _broken_rule(problem: ErrorDetails, root: type[BaseModel]) -> str:
         return f"unknown key {key}; known: {', '.join(_known_keys(problem['loc'][:-1], root))}"
     if kind == "missing":
         return f"missing key {key}"
-    # pydantic's own words for these are Python's, and the file is YAML.
-    words = {"tuple_type": "must be a list", "model_type": "must hold keys and values"}
-    words["dict_type"] = words["model_type"]
-    message = words.get(kind, problem["msg"].removeprefix("Value error, "))
+    message = YAML_WORDS.get(kind, problem["msg"].removeprefix("Value error, "))
     value = "" if isinstance(problem["input"], dict) else f" but got {problem['input']!r}"
     return f"{key}: {message}{value}" if key else f"{message}{value}"
 

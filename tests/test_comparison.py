@@ -459,8 +459,8 @@ def test_what_else_the_trials_measured_as_it_is_read():
         "  b                         0.0                                         0.0",
     ]
     assert ablation_text(comparison).splitlines()[:-2] == [
-        "fall, points         own  others  random  margin    over queries  over seeds  largest  beyond    both",
-        "mean, all elements  20.0    15.0    10.0   +10.0  +10.0 to +10.0    one seed   1 of 2  1 of 2  1 of 2",
+        "fall, points         own  others  random  own − random    over queries  over seeds  largest  beyond    both",
+        "mean, all elements  20.0    15.0    10.0         +10.0  +10.0 to +10.0    one seed   1 of 2  1 of 2  1 of 2",
         "",
     ]
     assert cost_text(comparison).splitlines() == [

@@ -453,7 +453,7 @@ def test_the_course_shows_the_best_of_the_rows_that_lean(folder: Path, page: Pag
     assert shown == [f"row{n}" for n in range(9, 1, -1)]
 
 
-def test_ablation_shows_falls_margins_and_for_how_many_tasks_the_own_is_largest(page: Page, folder: Path) -> None:
+def test_ablation_shows_falls_and_for_how_many_tasks_their_own_are_largest(page: Page, folder: Path) -> None:
     counts = ["3 of 3", "3 of 3", "3 of 3"]
     none = ["0 of 3", "0 of 3", "0 of 3"]
     lower = "−2.0 ▼|−2.0 to −2.0 · −2.0 to −2.0"
@@ -461,7 +461,7 @@ def test_ablation_shows_falls_margins_and_for_how_many_tasks_the_own_is_largest(
         ["mean", "all elements", "3.0", "2.0", "2.0", "+1.0 ▲|+1.0 to +1.0 · +1.0 to +1.0", "–", *counts],
         [ODD, "all elements", "1.0", "2.0", "2.0", "−1.0 ▼|−1.0 to −1.0 · −1.0 to −1.0", lower, *none],
     ]
-    found = {(r["row"], r["seed"]): r for r in records(folder / "ablation.csv")}
+    found = {(r["row"], r["what"]): r for r in records(folder / "ablation.csv")}
     assert list(found)[:5] == [("mean", of) for of in ("mean", "0", "1", "own − random", "to baseline")]
     assert {key[1]: r["both"] for key, r in found.items() if key[0] == "mean"} == {
         "mean": "3",
@@ -477,7 +477,7 @@ def test_ablation_shows_falls_margins_and_for_how_many_tasks_the_own_is_largest(
     assert falls["random elements", "nq", "nq"] == pytest.approx(0.02)
 
 
-def test_a_margin_is_paired_by_seed_and_has_intervals_over_queries_and_seeds(tmp_path: Path) -> None:
+def test_own_minus_random_is_paired_by_seed_and_has_intervals_over_queries_and_seeds(tmp_path: Path) -> None:
     trials = [
         trial(row, seed=seed, ablations={"all elements": ablation(own + 0.1 * seed, first=0.1)})
         for row, own, seeds in (("mean", 0.1, (0, 1)), ("taco", 0.2, (1, 2)))
@@ -485,15 +485,15 @@ def test_a_margin_is_paired_by_seed_and_has_intervals_over_queries_and_seeds(tmp
     ]
     comparison = Comparison.of(trials, "mean")
     page = written(tmp_path, comparison)
-    margin = comparison.ablation_margin("mean", "all elements")
-    assert margin is not None
-    assert margin.mean == pytest.approx(0.13)
-    assert (margin.count, margin.verdict) == (2, "no difference shown")
-    assert margin.seeds is not None
-    assert margin.seeds.high == pytest.approx(seed_interval(np.array([0.08, 0.18])).high)
-    assert 0.08 <= margin.queries.low < 0.13 < margin.queries.high <= 0.18
+    beyond = comparison.own_minus_random("mean", "all elements")
+    assert beyond is not None
+    assert beyond.mean == pytest.approx(0.13)
+    assert (beyond.count, beyond.verdict) == (2, "no difference shown")
+    assert beyond.seeds is not None
+    assert beyond.seeds.high == pytest.approx(seed_interval(np.array([0.08, 0.18])).high)
+    assert 0.08 <= beyond.queries.low < 0.13 < beyond.queries.high <= 0.18
     assert page.line("Proof by ablation", "mean")[4].startswith("+13.0|+")
-    change = comparison.ablation_margin("taco", "all elements", to_baseline=True)
+    change = comparison.own_minus_random("taco", "all elements", to_baseline=True)
     assert change is not None
     assert (change.count, change.seeds) == (1, None)  # only seed 1 was measured of both
     assert change.mean == pytest.approx(0.1)
@@ -523,14 +523,14 @@ def test_each_choice_of_elements_is_counted_alone(tmp_path: Path) -> None:
     ]
 
 
-def test_rows_that_were_not_ablated_have_no_margin(tmp_path: Path) -> None:
+def test_rows_that_were_not_ablated_are_not_compared(tmp_path: Path) -> None:
     held = {"nq": {"nq": 0.1}}
     other = Ablation(share=0.01, owned=held, random=held, own={"nq": (0.1,)}, own_random={"nq": (0.1,)})
     trials = [trial("mean", ablations=ablations(0.1)), trial("plain"), trial("held", ablations={"all elements": other})]
     comparison = Comparison.of(trials, "mean")
-    assert comparison.ablation_margin("plain", "all elements") is None
-    assert comparison.ablation_margin("plain", "all elements", to_baseline=True) is None
-    assert comparison.ablation_margin("held", "all elements", to_baseline=True) is None  # of one task, not of three
+    assert comparison.own_minus_random("plain", "all elements") is None
+    assert comparison.own_minus_random("plain", "all elements", to_baseline=True) is None
+    assert comparison.own_minus_random("held", "all elements", to_baseline=True) is None  # of one task, not of three
     assert [line[0] for line in written(tmp_path, comparison).tables["Proof by ablation"][1:]] == ["mean", "held"]
 
 

@@ -17,6 +17,7 @@ from taskspec.config import load_config
 from taskspec.data.prepared import PreparedData
 from taskspec.errors import ConfigError, PlacementError
 from taskspec.evaluate.trials import Cost, Trial
+from taskspec.specialize.analysis import Falls
 
 JOBS = ["download", "evaluate", "index", "mine", "pipeline", "prepare", "quickstart", "sweep", "train"]
 
@@ -176,6 +177,20 @@ def test_a_trial_is_another_one_if_what_decides_its_numbers_differs(tmp_path, mo
         {"train__learning_rate": 0.5},
     ]  # fmt: skip
     assert len({key(**values) for values in different}) == len(different)
+
+
+def test_an_analyzed_trial_is_another_one_if_what_is_kept_of_it_has_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(Inputs, "ids", lambda self: [])
+    (tmp_path / "arms.yaml").write_text("{baseline: mean, arms: {mean: {}, owned: {analyze: true}}}")
+
+    def keys():
+        candidates = expand(read_arms(str(tmp_path / "arms.yaml")), load_config("quickstart"), "arms.yaml")
+        return [trial.trial_key(candidate, 0, Inputs("prepared", None)) for candidate in candidates]
+
+    plain, analyzed = keys()
+    monkeypatch.setattr(trial, "Ablation", Falls)
+    assert keys()[0] == plain
+    assert len({plain, analyzed, keys()[1]}) == 3
 
 
 def test_what_was_measured_of_several_retrievers_outlives_the_job(tmp_path, monkeypatch):

@@ -219,11 +219,12 @@ class Comparison:
         return self.row(name).minus(self.baseline if other is None else self.row(other), task)
 
     @cache  # noqa: B019
-    def ablation_margin(self, name: str, elements: str, *, to_baseline: bool = False) -> Difference | None:
-        """How much more a task falls by zeroing what it owns most than by zeroing random elements, its own queries.
+    def own_minus_random(self, name: str, elements: str, *, to_baseline: bool = False) -> Difference | None:
+        """How much more a task's own queries lose of R-precision by zeroing what it owns most than by zeroing random
+        elements.
 
-        Args: elements: a key of `Trial.ablations`. to_baseline: what the row's margin is more than the baseline's,
-            on the seeds that both were ablated with.
+        Args: elements: a key of `Trial.ablations`. to_baseline: how much larger that is than the baseline's, on the
+            seeds that both were ablated with.
         Returns: None if the row was not ablated, or with `to_baseline` no seed of both on the same tasks.
         """
         mine = _ablated(self.row(name), elements)
@@ -231,12 +232,12 @@ class Comparison:
             return paired_difference(_falls(mine, "own"), _falls(mine, "own_random")) if mine else None
         theirs = _ablated(self.baseline, elements)
         seeds = [seed for seed in mine if seed in theirs]
-        margins = []
+        beyond = []
         for found in (mine, theirs):
             own, random = (_falls({seed: found[seed] for seed in seeds}, kind) for kind in ("own", "own_random"))
-            margins.append({task: own[task] - random[task] for task in own})
-        mine_TSQ, theirs_TSQ = margins
-        return paired_difference(mine_TSQ, theirs_TSQ) if seeds and mine_TSQ.keys() == theirs_TSQ.keys() else None
+            beyond.append({task: own[task] - random[task] for task in own})
+        of_row, of_baseline = beyond
+        return paired_difference(of_row, of_baseline) if seeds and of_row.keys() == of_baseline.keys() else None
 
     def zero_shot_rows(self) -> dict[Row, dict[str, Row]]:
         """Row → way of asking, as in `WAYS` → that row on the tasks held out of its training, for all that have some.

@@ -24,7 +24,7 @@ from taskspec.evaluate.notation import percent
 from taskspec.evaluate.page import Cell, Grid
 from taskspec.evaluate.statistics import CONFIDENCE, seed_interval
 from taskspec.evaluate.trials import WAYS
-from taskspec.specialize.analysis import Ablation
+from taskspec.specialize.analysis import Falls
 
 STYLES = dict(zip(WAYS, ("-", ":"), strict=True))
 """Way of asking a task that was held out of training → how a line is drawn."""
@@ -251,7 +251,7 @@ def _mean_course(row: Row) -> dict[str, list[tuple[int, float]]]:
     return {key: [(step, mean_of(values)) for step, values in sorted(steps.items())] for key, steps in found.items()}
 
 
-def ablation_maps(folder: Path, ablated: Mapping[tuple[str, str], Ablation]) -> str:
+def ablation_maps(folder: Path, ablated: Mapping[tuple[str, str], Falls]) -> str:
     """`ablation-<number>`: the falls, map by map.
 
     Args: ablated: row and elements → means over its seeds.    Returns: the figures alone.

@@ -35,7 +35,7 @@ from taskspec.evaluate.notation import average_text, interval_text, percent, sig
 from taskspec.evaluate.page import Cell
 from taskspec.evaluate.statistics import CONFIDENCE, Difference, Verdict
 from taskspec.evaluate.trials import WAYS, Cost
-from taskspec.specialize.analysis import mean_ablation
+from taskspec.specialize.analysis import mean_falls
 
 MARKS: dict[Verdict, str] = {"higher": "▲", "lower": "▼", "no difference shown": ""}
 """Verdict → its mark."""
@@ -177,24 +177,24 @@ def _ablation(folder: Path, comparison: Comparison) -> str:
         trials = row.used_trials()
         for elements in trials[0].ablations:
             found = {trial.seed: trial.ablations[elements] for trial in trials}
-            mean = ablated[row.name, elements] = mean_ablation(list(found.values()))
+            mean = ablated[row.name, elements] = mean_falls(list(found.values()))
             tasks = len(mean.owned)
-            margin = comparison.ablation_margin(row.name, elements)
+            beyond = comparison.own_minus_random(row.name, elements)
             is_baseline = row is comparison.baseline
-            change = None if is_baseline else comparison.ablation_margin(row.name, elements, to_baseline=True)
-            cells = [Cell(elements, "text"), *(Cell(f"{100 * fall:.1f}") for fall in mean.falls())]
-            cells += [_change_cell(margin), _change_cell(change)]
+            change = None if is_baseline else comparison.own_minus_random(row.name, elements, to_baseline=True)
+            cells = [Cell(elements, "text"), *(Cell(f"{100 * fall:.1f}") for fall in mean.means())]
+            cells += [_change_cell(beyond), _change_cell(change)]
             cells += [Cell(f"{len(of)} of {tasks}") for of in (mean.largest(), mean.beyond_random(), mean.both())]
             lines.append(page.line(Cell(row.name), cells))
             for seed, one in [("mean", mean), *found.items()]:
                 counts = [len(of) for of in (one.largest(), one.beyond_random(), one.both())]
-                records.append((row.name, elements, seed, tasks, *one.falls(), *counts, *_change(None, "")))
+                records.append((row.name, elements, seed, tasks, *one.means(), *counts, *_change(None, "")))
             nothing = [None] * 6
-            records.append((row.name, elements, "own − random", tasks, *nothing, *_change(margin)))
+            records.append((row.name, elements, "own − random", tasks, *nothing, *_change(beyond)))
             records.append((row.name, elements, "to baseline", tasks, *nothing, *_change(change)))
     if not ablated:
         return ""
-    columns = ["row", "elements", "seed", "tasks", "own", "others", "random", "largest", "beyond_random", "both"]
+    columns = ["row", "elements", "what", "tasks", "own", "others", "random", "largest", "beyond_random", "both"]
     page.write_csv(folder / "ablation.csv", [*columns, *CHANGE], records)
     head = [Cell("row"), Cell("zeroed among", "text"), *map(Cell, ("own", "others", "random", "own − random"))]
     head.append(Cell("to baseline", note="own − random"))

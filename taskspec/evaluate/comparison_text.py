@@ -11,16 +11,17 @@ from taskspec.evaluate.comparison import Comparison
 from taskspec.evaluate.notation import average_text, interval_text, percent, signed
 from taskspec.evaluate.statistics import CONFIDENCE
 from taskspec.evaluate.trials import WAYS
-from taskspec.specialize.analysis import mean_ablation
+from taskspec.specialize.analysis import mean_falls
 
 TEXT_WIDTH = 120
 """Columns of a terminal that the tables keep to."""
 NAME_WIDTH = 20
 """Columns to which a row's name may be cut."""
 COUNTS = ("largest", "beyond", "both")
+"""Columns of how many tasks prove to own what they own, as `Falls` counts them."""
 ABLATION_NOTES = (
-    "Fall of a task by zeroing what it owns most, what others own most, and as many random elements of each tensor;",
-    "margin: own − random. Tasks whose own fall is larger than every other's, than by the random ones, than both.",
+    "Falls of tasks by zeroing what they own most, what others own most, and as many random elements of each tensor.",
+    "Largest: tasks that fall most of all by their own elements; beyond: more than by random ones; both.",
 )
 
 
@@ -90,18 +91,18 @@ def zero_shot_text(comparison: Comparison) -> str | None:
 
 
 def ablation_text(comparison: Comparison) -> str | None:
-    """Falls after zeroing what a task owns most, in points: its own, other tasks', by a random mask; how much more the
-    own one is than by the random mask; and for how many tasks the own fall is the largest and beyond the random mask's.
+    """Falls after zeroing what a task owns most, in points: its own, other tasks', by a random mask; own − random
+    with its intervals; and for how many tasks the own fall is the largest and beyond the random mask's.
     """
-    lines = [["fall, points", "own", "others", "random", "margin", "over queries", "over seeds", *COUNTS]]
+    lines = [["fall, points", "own", "others", "random", "own − random", "over queries", "over seeds", *COUNTS]]
     for row in comparison.rows:
         trials = row.used_trials()
         for elements in trials[0].ablations:
-            mean = mean_ablation([trial.ablations[elements] for trial in trials])
-            cells = [f"{100 * fall:.1f}" for fall in mean.falls()]
-            margin = comparison.ablation_margin(row.name, elements)
-            assert margin is not None  # the row was ablated
-            cells += [signed(margin.mean), interval_text(margin.queries), interval_text(margin.seeds)]
+            mean = mean_falls([trial.ablations[elements] for trial in trials])
+            cells = [f"{100 * fall:.1f}" for fall in mean.means()]
+            beyond = comparison.own_minus_random(row.name, elements)
+            assert beyond is not None  # the row was ablated
+            cells += [signed(beyond.mean), interval_text(beyond.queries), interval_text(beyond.seeds)]
             counts = [
                 f"{len(tasks)} of {len(mean.owned)}" for tasks in (mean.largest(), mean.beyond_random(), mean.both())
             ]

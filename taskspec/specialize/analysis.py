@@ -42,7 +42,7 @@ class Ownership:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ablation:
+class Falls:
     """Falls of R-precision (0 to 1, positive is worse) after zeroing the share of elements that a task owns most."""
 
     share: float
@@ -51,12 +51,8 @@ class Ablation:
     """Task whose elements were zeroed → evaluated task → fall."""
     random: Mapping[str, Mapping[str, float]]
     """The same for random touched elements, as many in each tensor."""
-    own: Mapping[str, tuple[float, ...]]
-    """Task → fall of each of its dev queries when its own elements were zeroed; their mean is in `owned`."""
-    own_random: Mapping[str, tuple[float, ...]]
-    """Task → fall of each of its dev queries when as many random elements were."""
 
-    def falls(self) -> tuple[float, float, float]:
+    def means(self) -> tuple[float, float, float]:
         """Means over tasks: of a task by its own elements, by those of other tasks, and by random ones."""
         tasks = list(self.owned)
         pairs = [(zeroed, task) for zeroed in tasks for task in tasks if zeroed != task]
@@ -83,8 +79,18 @@ class Ablation:
         return tuple(task for task in self.largest() if task in self.beyond_random())
 
 
-def mean_ablation(found: Sequence[Ablation]) -> Ablation:
-    """Of several models of the same tasks and queries, fall by fall."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ablation(Falls):
+    """The falls of one model, those of single queries among them."""
+
+    own: Mapping[str, tuple[float, ...]]
+    """Task → fall of each of its dev queries when its own elements were zeroed; their mean is in `owned`."""
+    own_random: Mapping[str, tuple[float, ...]]
+    """Task → fall of each of its dev queries when as many random elements were; their mean is in `random`."""
+
+
+def mean_falls(found: Sequence[Falls]) -> Falls:
+    """Of several models of the same tasks, fall by fall."""
 
     def average(grids: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
         return {
@@ -92,15 +98,10 @@ def mean_ablation(found: Sequence[Ablation]) -> Ablation:
             for zeroed, falls in grids[0].items()
         }
 
-    def by_query(grids: Sequence[Mapping[str, tuple[float, ...]]]) -> dict[str, tuple[float, ...]]:
-        return {task: tuple(map(fmean, zip(*(grid[task] for grid in grids), strict=True))) for task in grids[0]}
-
-    return Ablation(
+    return Falls(
         share=fmean(one.share for one in found),
         owned=average([one.owned for one in found]),
         random=average([one.random for one in found]),
-        own=by_query([one.own for one in found]),
-        own_random=by_query([one.own_random for one in found]),
     )
 
 
