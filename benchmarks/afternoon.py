@@ -2,7 +2,8 @@
 
     uvicorn benchmarks.afternoon:app     # MODEL and INDEX name a sentence-transformers folder and an index artifact
 
-The same model, vectors, texts and answers as the endpoint's, passages for single queries; nothing else of it.
+The same model, vectors, texts and answers as the endpoint's, passages for single queries that nobody has to cut;
+nothing else of it.
 """
 
 import json

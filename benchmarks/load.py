@@ -46,12 +46,16 @@ class Load:
         latencies = [one.latency for one in self.sent if one.queries]
         return float(np.percentile(latencies, percent)) if latencies else float("nan")
 
+    @property
+    def failed(self) -> int:
+        """Requests."""
+        return sum(not one.queries for one in self.sent)
+
     def line(self, name: str) -> str:
         p50, p95, p99 = (1000 * self.percentile(percent) for percent in (50, 95, 99))
-        failed = sum(not one.queries for one in self.sent)
         return (
             f"{name:34} {self.rate:7.1f} queries/s  p50 {p50:6.0f}  p95 {p95:6.0f}  p99 {p99:6.0f} ms  "
-            f"{failed} failed, client {100 * self.client_cpu_s / self.seconds:.0f}% of a core"
+            f"{self.failed} failed, client {100 * self.client_cpu_s / self.seconds:.0f}% of a core"
         )
 
 

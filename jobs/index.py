@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -25,9 +26,9 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--passages", type=_count, help="with --plan: how many, where nothing is prepared yet")
     plan.add_argument("--dimension", type=_count, help="with --plan: of an embedding, where there is no checkpoint yet")
     plan.add_argument("--nodes", type=_count, default=1, help="with --plan: nodes that serve the index")
-    plan.add_argument("--node-gb", type=float, help="with --plan: memory of a node; default that of this machine")
+    plan.add_argument("--node-gb", type=_amount, help="with --plan: memory of a node; default that of this machine")
     plan.add_argument("--node-cores", type=_count, help="with --plan: default those of this machine")
-    plan.add_argument("--latency-ms", type=float, help="with --plan: longest search for one query")
+    plan.add_argument("--latency-ms", type=_amount, help="with --plan: longest search for one query")
     return result
 
 
@@ -39,6 +40,15 @@ def _count(text: str) -> int:
     except (ValueError, OverflowError):
         pass
     raise argparse.ArgumentTypeError(f"must be a whole number from 1 on but is {text}")
+
+
+def _amount(text: str) -> float:
+    try:
+        if 0 < (number := float(text)) < math.inf:
+            return number
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be a number above 0 but is {text}")
 
 
 def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -85,13 +95,14 @@ def plan(arguments: argparse.Namespace, config: Config, prepared: str, out: str)
         raise ConfigError("--plan needs either --checkpoint URI or the --dimension of its embeddings")
     passages, embed_s = arguments.passages, None
     dimension = arguments.dimension or read_contract(arguments.checkpoint).dimension
-    if passages is None or arguments.checkpoint is not None:
+    data = None
+    if passages is None or store.exists(store.join(prepared, artifacts.MANIFEST)):
         data = PreparedData.open(prepared)
         passages = passages or len(data.passages)
-        if arguments.checkpoint is not None and not config.index.gpu:
-            # The probe takes all cores of this machine, as the actors of a node do together.
-            nodes = min(arguments.nodes, config.index.actors)
-            embed_s = embedding_seconds(arguments.checkpoint, data, config.index.precision) * passages / nodes
+    if data is not None and arguments.checkpoint is not None and not config.index.gpu:
+        # The probe takes all cores of this machine, as the actors of a node do together.
+        nodes = min(arguments.nodes, config.index.actors)
+        embed_s = embedding_seconds(arguments.checkpoint, data, config.index.precision) * passages / nodes
     budget = Budget(
         nodes=arguments.nodes,
         node_bytes=int(1e9 * arguments.node_gb) if arguments.node_gb else own_memory(),

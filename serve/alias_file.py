@@ -31,13 +31,15 @@ class AliasFile:
         self.uri = store.join(folder, f"{alias}.json")
         self._log = store.join(folder, alias, "log")
         self._held: bytes | None = None
+        """None expects that there is no file."""
 
     def read(self) -> Found | None:
-        """What it says now; None if there is none yet, or if it says what is held.
+        """What it says now; None if there is none, which is held from then on, or if it says what is held.
 
         Raises: StoreError; ArtifactError, ContractError if a version is not there any more as it was.
         """
         if not store.exists(self.uri):
+            self._held = None
             return None
         content = store.read_bytes(self.uri)
         if content == self._held:

@@ -25,6 +25,7 @@ from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from serve.admission import query_tokens
 from serve.alias_schema import AliasesResponse, AliasRequest, AliasResponse
 from serve.aliases import Aliases
 from serve.answers import Answers, Known, digest
@@ -68,6 +69,8 @@ API_CPUS = 0.25
 KILT_LINES: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/x-ndjson": {}}, "description": "JSON, or JSON lines with format kilt"}
 }
+SHARD_BATCHES = 4
+"""Batches under way in a shard's replica from which on another one helps: one is searched, others wait."""
 NO_BATCH = Time(wait_ms=0, embed_ms=0, search_ms=0, total_ms=0, batch_queries=0, cached_queries=0)
 
 app = FastAPI(title="taskspec", description="One dense retriever for many retrieval tasks.", responses=ERROR_RESPONSES)
@@ -105,10 +108,14 @@ def build(args: dict[str, Any]) -> Application:
 
 def _bind(args: ServeArgs, served: Served) -> Application:
     count = args.shard_deployments or len(served.index.shards)
-    shards = [
-        Shard.options(name=f"Shard{number}", ray_actor_options={"num_cpus": args.shard_cpus}).bind(args, number, count)  # type: ignore[attr-defined]
-        for number in range(count)
-    ]
+    options: dict[str, Any] = {"ray_actor_options": {"num_cpus": args.shard_cpus}}
+    if args.shard_replicas > 1:
+        options["autoscaling_config"] = {
+            "min_replicas": 1,
+            "max_replicas": args.shard_replicas,
+            "target_ongoing_requests": SHARD_BATCHES,
+        }
+    shards = [Shard.options(name=f"Shard{number}", **options).bind(args, number, count) for number in range(count)]  # type: ignore[attr-defined]
     return Api.bind(args, Aliases.bind(args, served), Encoder.bind(args, shards), count)  # type: ignore[attr-defined]
 
 
@@ -146,14 +153,15 @@ class Api:
         await self._dispatch.start()
         self._answers = Answers(args.cache_bytes)
         self._metrics = Metrics(serve.get_replica_context().replica_tag)
-        configure(Settings(args.keys, args.limits.body_bytes, self._metrics.request))
+        limits = args.limits
+        configure(Settings(args.keys, limits.body_bytes, limits.body_timeout_ms / 1000, self._metrics.request))
 
     @app.post("/retrieve", response_model=RetrieveResponse, responses=KILT_LINES)
     async def retrieve(self, request: RetrieveRequest) -> RetrieveResponse | Response:
         """The best pages or passages for one query or several of one task."""
         began = time.monotonic()
         texts = request.queries
-        self._check(request.task, texts, request.timeout_ms, request.top_k)
+        self._check(request.task, texts, request.top_k)
         table = self._dispatch.table
         served = table.serving(request.task, texts[0])
         if request.fused:
@@ -183,12 +191,17 @@ class Api:
         data = [answers[number] for number in range(len(texts))]
         spent = self._spent(request.task, found, len(asked), len(texts) - len(asked), began)
         seen().facts["version"] = served.version.id
-        if table.shadow and served is table.current:
+        if table.shadow and served is table.current and not (found and found.failed):
             self._dispatch.start_shadow(table, request.task, texts, search, [one.hits for one in data])
         coverage = self._coverage(served, found)
         if request.format == "kilt":
             shards = coverage.shards
-            headers = {"x-index-version": served.version.id, "x-coverage": f"{shards.successful}/{shards.total}"}
+            headers = {
+                "x-index-version": served.version.id,
+                "x-coverage": f"{shards.successful}/{shards.total}",
+                "x-truncated": str(sum(one.truncated for one in data)),
+                "x-incomplete": str(sum(not one.complete for one in data)),
+            }
             return _kilt_lines(request, [one.hits for one in data], headers)
         return RetrieveResponse(
             model=served.contract.name,
@@ -211,7 +224,7 @@ class Api:
     async def embed(self, request: EmbedRequest) -> EmbedResponse:
         """The embeddings of one query or several of one task, as /retrieve searches with them."""
         began = time.monotonic()
-        self._check(request.task, request.queries, request.timeout_ms)
+        self._check(request.task, request.queries)
         served = self._dispatch.table.current
         found = await self._dispatch.ask(served, request.task, request.queries, None, request.timeout_ms)
         self._spent(request.task, found, len(request.queries), 0, began)
@@ -237,9 +250,10 @@ class Api:
         if name != contract.name or task not in tasks:
             known = ", ".join(f"{contract.name}@{one}" for one in tasks)
             raise RequestError(f"unknown model {request.model!r}; known: {known}", param="model")
-        self._check(task, request.queries, None, param="input")
+        self._check(task, request.queries, param="input")
         found = await self._dispatch.ask(served, task, request.queries, None, None)
         response.headers["x-index-version"] = served.version.id
+        response.headers["x-truncated"] = str(sum(found.truncated))
         self._spent(task, found, len(request.queries), 0, began)
         rows: list[list[float] | str] = found.embeddings_BD.tolist()
         if request.encoding_format == "base64":
@@ -254,8 +268,9 @@ class Api:
     @app.get("/tasks")
     async def tasks(self) -> TasksResponse:
         """What may be asked: the tasks of the model."""
-        contract = self._dispatch.table.current.contract
-        return TasksResponse(model=contract.name, tasks=list(contract.tasks))
+        served = self._dispatch.table.current
+        contract = served.contract
+        return TasksResponse(model=contract.name, index=self._index(served), tasks=list(contract.tasks))
 
     @app.get("/info")
     async def info(self) -> InfoResponse:
@@ -273,6 +288,8 @@ class Api:
             recall={task: one.value for task, one in index.recall.tasks.items()},
             limits=self._args.limits,
             min_coverage=self._args.min_coverage,
+            shard_timeout_ms=self._args.shard_timeout_ms,
+            batch_tokens=self._args.batch_tokens,
             keys=bool(self._args.keys),
             versions={
                 "taskspec": __version__,
@@ -281,14 +298,14 @@ class Api:
             },
         )
 
-    @app.get("/passages/{passage_id}")
+    @app.get("/passages/{passage_id:path}")
     async def passage(self, passage_id: str) -> PassageResponse:
         """The text of a passage, by the id that a hit carries."""
-        version = self._dispatch.table.current.version
-        found = await self._dispatch.within(self._encoder.passage.remote(version, passage_id))
+        served = self._dispatch.table.current
+        found = await self._dispatch.within(self._encoder.passage.remote(served.version, passage_id))
         if found is None:
             raise HTTPException(404, f"the index has no passage {passage_id!r}")
-        return PassageResponse(id=found.pop("passage_id"), **found)
+        return PassageResponse(index=self._index(served), id=found.pop("passage_id"), **found)
 
     @app.get("/aliases")
     async def aliases(self) -> AliasesResponse:
@@ -340,12 +357,17 @@ class Api:
         """What this HTTP replica has counted, for Prometheus."""
         return Response(self._metrics.text(self._dispatch.tokens_under_way), media_type="text/plain; version=0.0.4")
 
-    def _check(self, task: str, texts: list[str], timeout_ms: int | None, top_k: int = 1, param: str = "query") -> None:
+    def _check(self, task: str, texts: list[str], top_k: int = 1, param: str = "query") -> None:
         """Raises: RequestError for what breaks a rule or a limit."""
         if self._args.log_queries:
             seen().facts["query"] = texts
-        self._args.limits.check(texts, param, top_k, timeout_ms)
-        check_request((one.name for one in self._dispatch.table.current.contract.tasks), task, texts, top_k)
+        self._args.limits.check(texts, param, top_k)
+        tasks = {one.name: one for one in self._dispatch.table.current.contract.tasks}
+        check_request(tasks, task, texts, top_k)
+        tokens, most = query_tokens(texts, tasks[task].max_query_tokens), self._args.limits.tokens
+        if tokens > most:
+            asked = f"the queries have about {tokens} tokens but a request may have {most} (limits.tokens)"
+            raise TooLarge(f"{asked}; send fewer at a time", param=param)
 
     def _require_covered(self, served: Served, found: FoundAll, allow_partial: bool) -> None:
         """Raises: Uncovered; Late where only the request's time was too short for shards."""

@@ -34,11 +34,15 @@ class Limits(Section):
     chosen_pages: int = Field(10_000, ge=1)
     """Most pages in `only_pages` and `without_pages` together."""
     timeout_ms: int = Field(30_000, ge=1)
-    """Longest time that a request may ask for, and what it gets if it does not ask."""
+    """Longest time that a request gets, whatever it asks for."""
+    tokens: int = Field(50_000, ge=1)
+    """Most query tokens, about, that one request may hold: what needs all of a replica would never find it idle."""
     tokens_under_way: int = Field(100_000, ge=1)
     """Query tokens, about, that one HTTP replica has under way; what would be more is refused with 429."""
+    body_timeout_ms: int = Field(60_000, ge=1)
+    """How long a body may take to come, all of it: meanwhile its request takes one of the places of a replica."""
 
-    def check(self, texts: Sequence[str], param: str, top_k: int, timeout_ms: int | None) -> None:
+    def check(self, texts: Sequence[str], param: str, top_k: int) -> None:
         """Raises: TooLarge, RequestError naming the limit that is passed. Args: param: what the texts came in."""
         longest = max(map(len, texts), default=0)
         if longest > self.query_characters:
@@ -53,8 +57,6 @@ class Limits(Section):
             raise TooLarge(
                 f"{asked} but a request may ask for {self.hits}; send fewer queries at a time", param="top_k"
             )
-        if timeout_ms is not None and timeout_ms > self.timeout_ms:
-            raise RequestError(f"timeout_ms is {timeout_ms} but may be {self.timeout_ms} at most", param="timeout_ms")
 
 
 class ServeArgs(Section):
@@ -85,9 +87,11 @@ class ServeArgs(Section):
     """None is one for each shard of the index."""
     shard_cpus: float = Field(0.1, gt=0)
     """Logical CPUs that a shard's replica reserves: little by default, so that any laptop can serve."""
+    shard_replicas: int = Field(1, ge=1)
+    """Most replicas of each shard; there is one of it until `SHARD_BATCHES` batches are under way."""
     threads: int | None = Field(None, ge=1)
-    """Threads of one encoder replica; None is every core of its node."""
+    """Threads of one encoder replica; None is every CPU that it may use."""
     shard_threads: int | None = Field(None, ge=1)
-    """Threads that one search of a shard replica takes; None is every core of its node."""
+    """Threads that one search of a shard replica takes; None is every CPU that it may use."""
     log_queries: bool = False
     """Whether the log of requests holds their queries."""

@@ -88,7 +88,9 @@ class FoundAll:
     """What was made of one request."""
 
     hits: list[list[Hit]]
+    """Empty if only embeddings were asked for."""
     embeddings_BD: np.ndarray
+    """No rows if hits were asked for."""
     truncated: list[bool]
     tokens: int
     complete: list[bool]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import threading
 import time
 from collections import deque
@@ -32,9 +31,10 @@ from serve.guard import LOGGING
 from serve.remote import RemoteShards, ShardLine
 from serve.versions import Table, reopen_version, require_version
 from taskspec import artifacts
-from taskspec.index.manifest import KIND, LEXICAL_FOLDER, PASSAGES_FILE
+from taskspec.index.manifest import KIND, LEXICAL_FOLDER, PASSAGES_FILE, IndexManifest
 from taskspec.index.page_ids import PAGE_ID_FILES
 from taskspec.index.shard import Results
+from taskspec.machine import own_cpus
 from taskspec.model.encoder import TextEncoder
 from taskspec.retrieve.catalog import Catalog, LocalShards
 from taskspec.train.checkpoint import open_encoder
@@ -44,7 +44,7 @@ logger = logging.getLogger("ray.serve")
 Key = TypeVar("Key", bound=Hashable)
 Opened = TypeVar("Opened")
 TOP_K_STEPS = (10, 100, 1000)
-"""Searches for as many results are shared by queries that ask for fewer."""
+"""Exact searches for as many results are shared by queries that ask for fewer."""
 SEARCH_THREADS = 16
 """Batches that may wait for shards at the same time."""
 ENCODER_CPUS = 0.5
@@ -166,7 +166,7 @@ class OpenModel:
 
     encoder: TextEncoder
     catalog: Catalog
-    shards: int
+    index: IndexManifest
 
 
 def open_model(version: Version) -> OpenModel:
@@ -178,7 +178,7 @@ def open_model(version: Version) -> OpenModel:
     artifact = artifacts.open_artifact(version.index, KIND, verify=True, files=files)
     require_version(artifact.id, version)
     catalog = Catalog.open(artifact.folder, served.index, version.id)
-    return OpenModel(open_encoder(version.checkpoint), catalog, len(served.index.shards))
+    return OpenModel(open_encoder(version.checkpoint), catalog, served.index)
 
 
 @serve.deployment(
@@ -191,7 +191,7 @@ class Encoder:
     """Embeds queries, asks the shards, and makes hits of what they find."""
 
     async def __init__(self, args: ServeArgs, shards: list[DeploymentHandle]) -> None:  # type: ignore[misc]
-        torch.set_num_threads(args.threads or os.cpu_count() or 1)
+        torch.set_num_threads(args.threads or own_cpus())
         self._lines = [
             ShardLine(number, handle.run.remote, handle.ping.remote, args.shard_timeout_ms / 1000)
             for number, handle in enumerate(shards)
@@ -229,7 +229,7 @@ class Encoder:
         last = max((part.embedded.batch for part in parts), key=lambda batch: batch.began)
         return FoundAll(
             hits=[hits for part in parts for hits in part.hits or ()],
-            embeddings_BD=np.concatenate([part.embedded.embeddings_BD for part in parts]),
+            embeddings_BD=np.concatenate([part.embedded.embeddings_BD for part in parts])[: 0 if search else None],
             truncated=[bool(cut) for part in parts for cut in part.embedded.truncated_B],
             tokens=sum(int(part.embedded.tokens_B.sum()) for part in parts),
             complete=[complete for part in parts for complete in part.complete],
@@ -290,11 +290,12 @@ class Encoder:
     def _group(self, ask: Ask) -> Hashable:
         if ask.search is None:
             return None
-        search = ask.search
-        steps = sum(search.top_k > step for step in TOP_K_STEPS)
-        effort = self._models.get(ask.version).catalog.effort(ask.task)
+        search, model = ask.search, self._models.get(ask.version)
+        # Of an exact search the first are the same however many are asked for; else an answer would hang on the others.
+        exact = model.index.kind == "flat" and not search.fused
+        most = sum(search.top_k > step for step in TOP_K_STEPS) if exact else search.top_k
         what = search.level, search.with_text, search.only_pages, search.without_pages, search.fused
-        return ask.version, effort, what, steps
+        return ask.version, model.catalog.effort(ask.task), what, most
 
     def _search_group(
         self, asks: Sequence[Ask], embedded: Sequence[Embedded], loop: asyncio.AbstractEventLoop
@@ -307,7 +308,7 @@ class Encoder:
         catalog, search = model.catalog, first.search
         pages = catalog.choose_pages(search.only_pages, search.without_pages)
         deadline = max(ask.deadline for ask in asks)
-        shards = RemoteShards(self._lines[: model.shards], loop, first.version, deadline)
+        shards = RemoteShards(self._lines[: len(model.index.shards)], loop, first.version, deadline)
         hits = catalog.search(
             shards,
             np.concatenate([one.embeddings_BD for one in embedded]),
@@ -337,7 +338,7 @@ class Shard:
 
     async def __init__(self, args: ServeArgs, number: int, of: int) -> None:  # type: ignore[misc]
         # FAISS keeps its number of threads by calling thread.
-        threads = args.shard_threads or os.cpu_count() or 1
+        threads = args.shard_threads or own_cpus()
         self._searching = ThreadPoolExecutor(SEARCH_THREADS, "search", faiss.omp_set_num_threads, (threads,))
         self._number, self._of = number, of
         self._versions = Versions(self._open)

@@ -78,12 +78,16 @@ class Dispatch:
         assert self._table is not None, "started"
         return self._table
 
+    def _time(self, timeout_ms: int | None) -> int:
+        """What a request gets that asks for so long."""
+        return min(timeout_ms or self._limits.timeout_ms, self._limits.timeout_ms)
+
     async def within(self, call: Awaitable[Answer], timeout_ms: int | None = None) -> Answer:
         """What a call gives in time.    Args: timeout_ms: None is the longest that a request may ask for.
 
         Raises: Late, and what the call raises.
         """
-        timeout_ms = timeout_ms or self._limits.timeout_ms
+        timeout_ms = self._time(timeout_ms)
         try:
             return await asyncio.wait_for(call, timeout_ms / 1000)
         except TimeoutError as error:
@@ -97,7 +101,7 @@ class Dispatch:
         Raises: Overloaded, Late, ShardsLostError, and what Serve raises if no encoder can be reached.
         """
         (of_task,) = [one for one in served.contract.tasks if one.name == task]
-        timeout_ms = timeout_ms or self._limits.timeout_ms
+        timeout_ms = self._time(timeout_ms)
         with self._admission.admit(query_tokens(texts, of_task.max_query_tokens), timeout_ms / 1000):
             found = await self._run(served, of_task, texts, search, timeout_ms / 1000)
             if found is None:

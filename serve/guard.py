@@ -25,8 +25,6 @@ OPEN_PATHS = frozenset({"/", "/health", "/ready", "/docs", "/openapi.json"})
 """What needs no key: what probes ask, and pages that hold nothing."""
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-BODY_TIMEOUT_S = 60.0
-"""How long a body may take to come, all of it: meanwhile its request takes one of the places of a replica."""
 CLIENT_GONE = 499
 """In the log and the metrics, as other servers count it: nobody waits for the answer any more."""
 
@@ -66,6 +64,7 @@ class Settings:
     keys: Sequence[Key] = ()
     body_bytes: int = 0
     """0 is any."""
+    body_timeout_s: float = 60.0
     count: Callable[[str, str, int, float], None] = lambda method, path, status, seconds: None
     """Takes every request into the metrics."""
 
@@ -151,7 +150,7 @@ class _Limited:
 
     def __init__(self, receive: Receive, most: int) -> None:
         self._receive, self._left, self._limited = receive, most, most > 0
-        self._ends: float | None = time.monotonic() + BODY_TIMEOUT_S
+        self._ends: float | None = time.monotonic() + _settings.body_timeout_s
         """None once the body is there: what comes then is that the client leaves, or never."""
 
     async def __call__(self) -> Message:
@@ -159,7 +158,8 @@ class _Limited:
         try:
             message = await asyncio.wait_for(self._receive(), left_s)
         except TimeoutError as error:
-            raise HTTPException(408, f"the body did not come within {BODY_TIMEOUT_S:g} s; send it again") from error
+            limit = f"{_settings.body_timeout_s:g} s (limits.body_timeout_ms)"
+            raise HTTPException(408, f"the body did not come within {limit}; send it again") from error
         if message["type"] == "http.request":
             if not message.get("more_body", False):
                 self._ends = None

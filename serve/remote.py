@@ -107,8 +107,8 @@ class RemoteShards:
     def search(self, queries_BD: np.ndarray, top_k: int, effort: int | None) -> Results:
         return merge_top_k(self._ask("search", queries_BD, top_k, effort), top_k)
 
-    def rank(self, queries_BD: np.ndarray, rows: np.ndarray) -> Results:
-        return merge_top_k(self._ask("rank", queries_BD, rows), len(rows))
+    def rank(self, queries_BD: np.ndarray, rows: np.ndarray, top_k: int) -> Results:
+        return merge_top_k(self._ask("rank", queries_BD, rows, top_k), top_k)
 
     def _ask(self, method: str, *arguments: Any) -> list[Results]:
         """Raises: ShardsLostError, LateError if no shard answers."""

@@ -62,12 +62,14 @@ class RetrieveRequest(Request):
     """Whether to fuse the ranking with BM25's (reciprocal rank fusion); scores are then the fusion's. `GET /info` says
     whether the index can."""
     timeout_ms: int | None = Field(None, ge=1)
-    """How long the answer is waited for: work that cannot be done by then is not begun, and the answer is 504."""
+    """How long the answer is waited for, `limits.timeout_ms` at most: work that cannot be done by then is not begun,
+    and the answer is 504."""
     allow_partial: bool = False
     """Whether to answer from the rest of the index while a shard is down; `coverage` tells. Otherwise that is 503."""
     format: Literal["default", "kilt"] = "default"
     """`kilt` answers with one JSON line per query, as KILT's retrieval evaluation reads predictions: `id`, `input`,
-    and one `output` whose `provenance` lists the pages best first; its `answer` is empty."""
+    and one `output` whose `provenance` lists the pages best first; its `answer` is empty. How many queries were cut,
+    and how many have fewer hits than they might, are the headers X-Truncated and X-Incomplete."""
     id: str | list[str] | None = None
     """With `kilt`: the queries' ids in the gold file, by which the evaluation joins. One per query, all distinct."""
 
@@ -270,6 +272,7 @@ class TasksResponse(Model):
     """The answer of `GET /tasks`."""
 
     model: str
+    index: IndexInfo
     tasks: list[ContractTask]
 
 
@@ -289,6 +292,11 @@ class InfoResponse(Model):
     """Task → share of the exact best passages that its searches find, as measured when the index was built."""
     limits: Limits
     min_coverage: float
+    """Share of the shards without which even a request with allow_partial is refused."""
+    shard_timeout_ms: int
+    """How long a shard is waited for, within the request's own time."""
+    batch_tokens: int
+    """Tokens, about, of the queries that are embedded together."""
     keys: bool
     """Whether a key is needed."""
     versions: dict[str, str]
@@ -298,6 +306,7 @@ class InfoResponse(Model):
 class PassageResponse(Model):
     """The answer of `GET /passages/{id}`."""
 
+    index: IndexInfo
     id: str
     wikipedia_id: str
     title: str

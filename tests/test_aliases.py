@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -257,6 +258,18 @@ def test_a_file_of_another_shape_is_refused_with_a_way_out(tmp_path: Path) -> No
     (tmp_path / "live.json").write_text('{"revision": 3, "current": {"checkpoint": "c", "index": "i"}}')
     with pytest.raises(StoreError, match=r"live\.json: is no alias of this version of taskspec .*; remove it, and"):
         AliasFile(str(tmp_path), "live").read()
+
+
+def test_a_file_that_was_removed_is_written_anew(folder: Path, tmp_path: Path) -> None:
+    table = Table(1, open_version(str(folder / "a"), str(folder / "index-a")))
+    file = AliasFile(str(tmp_path), "live")
+    file.write(table)
+    (tmp_path / "live.json").unlink()
+    assert file.read() is None
+    file.write(replace(table, revision=2))
+    found = AliasFile(str(tmp_path), "live").read()
+    assert found is not None
+    assert found.table.revision == 2
 
 
 def test_what_another_endpoint_writes_and_this_one_cannot_serve_changes_nothing(folder: Path, url: str) -> None:

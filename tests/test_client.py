@@ -121,9 +121,11 @@ def test_a_query_gets_its_hits(server, ask):
         server.url, lambda client: client.retrieve("who", "nq", top_k=3), headers={"authorization": "Bearer k"}
     )
     assert found == Answer("who", False, True, True, (Hit(**HIT),), "v1")
-    assert server.requests == [
-        {"query": ["who"], "task": "nq", "top_k": 3, "level": "page", "with_text": False, "_key": "Bearer k"}
-    ]
+    (request,) = server.requests
+    assert 29_000 < request.pop("timeout_ms") <= 30_000, "what is left: later nobody waits for it"
+    assert request == {
+        "query": ["who"], "task": "nq", "top_k": 3, "level": "page", "with_text": False, "_key": "Bearer k"
+    }  # fmt: skip
 
 
 def test_a_long_list_goes_out_in_parts_and_comes_back_in_order(server, ask):
@@ -250,6 +252,18 @@ def test_an_endpoint_that_is_not_there_is_named(ask):
     with pytest.raises(EndpointError, match=r"/retrieve: no answer in time.*is the endpoint there") as caught:
         ask("http://127.0.0.1:9", lambda client: client.retrieve("who", "nq"), timeout_s=0.5)
     assert caught.value.status is None
+
+
+def test_an_address_without_a_scheme_is_refused_at_once(ask):
+    with pytest.raises(EndpointError, match=r"UnsupportedProtocol .*'http://' or 'https://'.*its address right"):
+        ask("127.0.0.1:9", lambda client: client.retrieve("who", "nq"), timeout_s=1e6)
+
+
+def test_after_an_error_the_rest_of_a_list_is_not_sent(server):
+    server.before = [refusal(422) for _ in range(20)]
+    with pytest.raises(EndpointError, match="422: no"):
+        asynchronous(server.url, lambda client: client.retrieve(["q"] * 20, "nq"), batch_size=1, concurrency=2)
+    assert len(server.requests) <= 4
 
 
 def test_what_may_be_found_is_asked_only_where_it_is_said(server: Server) -> None:

@@ -77,10 +77,20 @@ def test_with_full_effort_little_is_missed_and_rows_are_global(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_given_rows_are_scored_wherever_they_lie(name: KindName, vectors: np.ndarray, queries: np.ndarray) -> None:
+def test_of_given_rows_the_best_are_found_wherever_they_lie(
+    name: KindName, vectors: np.ndarray, queries: np.ndarray
+) -> None:
     shard = make_shard(name, vectors, row_start=500)
-    rows = np.array([500, 3499, 777, 778])
-    np.testing.assert_allclose(shard.score_rows(queries, rows), queries @ vectors[rows - 500].T, atol=0.03)
+    rows = np.array([3, 500, 777, 778, 1502, 3499, 3500])  # the first and the last are another shard's
+    own = rows[1:-1]
+    all_BK = shard.rank(queries, rows, 9)
+    np.testing.assert_array_equal(np.sort(all_BK.rows_BK), np.broadcast_to(own, (len(queries), 5)))
+    exact_BK = (queries[:, None] * vectors[all_BK.rows_BK - 500]).sum(axis=2)
+    np.testing.assert_allclose(all_BK.scores_BK, exact_BK, atol=0.03)
+    assert (np.diff(all_BK.scores_BK, axis=1) <= 0).all()
+    for all_of, two in zip(all_BK, shard.rank(queries, rows, 2), strict=True):
+        np.testing.assert_allclose(two, all_of[:, :2], rtol=1e-6)
+    assert shard.rank(queries, rows[:1], 9).rows_BK.shape == (len(queries), 0)
 
 
 def test_rows_that_a_search_does_not_reach_are_filled_up_and_come_last(
@@ -111,6 +121,15 @@ def test_a_shard_of_other_vectors_than_it_should_hold_is_refused(
         ArtifactError, match=rf"somewhere: a {name} shard (has 3000 rows for 2999|.* its own row \d+; build)"
     ):
         require_own_rows(shard, spoil(vectors), "somewhere")
+
+
+@pytest.mark.parametrize("name", ["flat", "fp16", "ivf", "hnsw"])
+def test_a_shard_of_near_neighbours_of_its_rows_is_refused(name: KindName, vectors: np.ndarray) -> None:
+    rng = np.random.default_rng(5)
+    near = normalized(vectors + 0.03 * rng.standard_normal(vectors.shape))
+    assert 0.9 < (near * vectors).sum(axis=1).mean() < 0.98, "as near as passages of one page"
+    with pytest.raises(ArtifactError, match=rf"a {name} shard does not find its own row \d+; build"):
+        require_own_rows(make_shard(name, near, row_start=500), vectors, "somewhere")
 
 
 def test_a_shard_that_has_a_row_twice_and_another_not_is_refused(vectors: np.ndarray) -> None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jobs import index
 from taskspec.errors import PlacementError
 from taskspec.index.kinds import KINDS
 from taskspec.index.plan import Budget, IndexPlan, Speed, plan_index, require_memory
@@ -107,6 +108,13 @@ def test_a_plan_that_is_not_told_how_large_is_refused() -> None:
         2,
         "ConfigError: --plan needs either --checkpoint URI or the --dimension of its embeddings\n",
     )
+
+
+@pytest.mark.parametrize(("option", "value"), [("--node-gb", "-5"), ("--latency-ms", "0"), ("--node-gb", "inf")])
+def test_a_budget_of_nothing_is_refused(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        index.build_parser().parse_args(["--config", "quickstart", "--plan", option, value])
+    assert f"argument {option}: must be a number above 0 but is {value}" in capsys.readouterr().err
 
 
 def test_a_shard_that_does_not_fit_while_it_is_built_is_refused_before_work_starts() -> None:

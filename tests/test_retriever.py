@@ -16,7 +16,7 @@ from taskspec.errors import ArtifactError, ContractError, RequestError
 from taskspec.index.lexical import Lexical
 from taskspec.index.manifest import IndexManifest, ShardFile
 from taskspec.index.page_ids import PageIds
-from taskspec.index.recall import MeasuredRecall
+from taskspec.index.recall import MeasuredRecall, Recall
 from taskspec.index.shard import make_shard
 from taskspec.model.contract import Contract, ContractTask
 from taskspec.negatives.bm25 import BM25
@@ -137,7 +137,26 @@ def test_only_chosen_pages_are_found_and_all_of_them(retriever: Retriever, level
 def test_no_shards_find_nothing() -> None:
     queries_BD = np.ones((3, 2), dtype=np.float32)
     assert LocalShards([]).search(queries_BD, 5, None).rows_BK.shape == (3, 0)
-    assert LocalShards([]).rank(queries_BD, np.array([4])).rows_BK.shape == (3, 0)
+    assert LocalShards([]).rank(queries_BD, np.array([4]), 5).rows_BK.shape == (3, 0)
+
+
+@pytest.mark.parametrize("level", ["page", "passage"])
+def test_few_results_are_as_good_as_the_recall_that_was_measured(tmp_path: Path, level: Level) -> None:
+    """Four-bit codes find candidates to refine, a multiple of what is asked for: of few they would miss the best."""
+    rng = np.random.default_rng(6)
+    centers_ND = rng.standard_normal((20, 32))
+    vectors_ND = (centers_ND[rng.integers(0, 20, 4000)] + rng.standard_normal((4000, 32))).astype(np.float32)
+    queries_BD = (vectors_ND[:100] + 0.5 * rng.standard_normal((100, 32))).astype(np.float32)
+    shards = LocalShards([make_shard("pq", vectors_ND, 0)])
+    recall = Recall(effort=2, chosen_at=1.0, queries=1, value=1.0, low=1.0, high=1.0)
+    names = [f"{row}:0" for row in range(4000)]
+    columns = {"passage_id": names, "page_row": range(4000), "wikipedia_id": names, "title": names, "text": names}
+    RowStore.write(tmp_path / "passages.arrow", [pa.table({key: list(of) for key, of in columns.items()})])
+    measured = MeasuredRecall(at=50, wanted=0.9, tasks={"nq": recall})
+    catalog = Catalog(RowStore(tmp_path / "passages.arrow"), "abc", measured)
+    best = [names.index(hits[0].id) for hits in catalog.search(shards, queries_BD, 1, level, False, effort=2)]
+    assert best == shards.search(queries_BD, 50, 2).rows_BK[:, 0].tolist()
+    assert (shards.search(queries_BD, 3, 2).rows_BK[:, 0] != best).sum() > 10
 
 
 def test_a_fused_ranking_is_that_of_both(tmp_path: Path) -> None:
@@ -160,6 +179,8 @@ def test_a_fused_ranking_is_that_of_both(tmp_path: Path) -> None:
         assert [hit.score for hit in both] == sorted((hit.score for hit in both), reverse=True)
         (chosen,) = retriever.search(["ice moon"], "nq", top_k=9, level=level, fused=True, only_pages=["20", "30"])
         assert {hit.wikipedia_id for hit in chosen} == {"20", "30"}
+        (rest,) = retriever.search(["ice moon"], "nq", top_k=9, level=level, fused=True, without_pages=["10"])
+        assert {hit.wikipedia_id for hit in rest} == {"20", "30"}
         (first,) = retriever.search(["ice moon"], "nq", top_k=1, level=level, fused=True)
         assert first == both[:1]
     with pytest.raises(ArtifactError, match=r"cannot be read as a lexical index .*; build it again"):
@@ -179,14 +200,13 @@ def test_an_index_without_a_lexical_part_fuses_nothing(retriever: Retriever) -> 
     top_k=st.integers(1, 10),
 )
 def test_fusing_keeps_every_result_once_and_one_ranking_as_it_is(rankings: list[list[int]], top_k: int) -> None:
-    units = np.arange(10)
     parts = [Ranking(np.zeros(len(rows), np.float32), np.array(rows, np.int64)) for rows in rankings]
-    fused = fuse(parts, units, top_k).rows_K.tolist()
+    fused = fuse(parts, None, top_k).rows_K.tolist()
     every = {row for rows in rankings for row in rows}
     assert len(fused) == len(set(fused)) == min(top_k, len(every))
     assert set(fused) <= every
-    assert fuse(parts[:1], units, 10).rows_K.tolist() == rankings[0]
-    assert fuse([parts[0], parts[0]], units, 10).rows_K.tolist() == rankings[0]
+    assert fuse(parts[:1], None, 10).rows_K.tolist() == rankings[0]
+    assert fuse([parts[0], parts[0]], None, 10).rows_K.tolist() == rankings[0]
 
 
 def test_page_ids_read_from_disk_are_those_of_the_passages(retriever: Retriever, tmp_path: Path) -> None:

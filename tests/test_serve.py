@@ -9,12 +9,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import httpx
 import numpy as np
 import pytest
+import yaml
 from fastapi import FastAPI, HTTPException
 from fastapi.testclient import TestClient
 from ray.exceptions import ActorDiedError
@@ -25,8 +28,8 @@ from serve import dispatch
 from serve.admission import Overloaded
 from serve.answers import Answers
 from serve.app import Api, Refusal, build
-from serve.arguments import Limits, ServeArgs
-from serve.asks import Ask, Batch, FoundAll, Version
+from serve.arguments import Limits, ServeArgs, TooLarge
+from serve.asks import Ask, Batch, FoundAll, Search, Version
 from serve.deployments import Encoder, Shard, Versions, open_model
 from serve.dispatch import Dispatch
 from serve.errors import Late, Uncovered, answer_errors
@@ -139,10 +142,12 @@ def test_pages_may_be_chosen_and_passages_read(url: str) -> None:
     assert len(data["hits"]) == 10
     assert {hit["wikipedia_id"] for hit in data["hits"]} == set("01245")
     passage = httpx.get(f"{url}/passages/3:1").json()
+    assert passage.pop("index") == post(url, query="Io", task="nq").json()["index"]
     assert passage == {"id": "3:1", "wikipedia_id": "3", "title": "Phobos", "text": TEXTS[7]}
-    for unknown in ("3:2", "9:0", "3", "3:x"):
+    for unknown in ("3:2", "9:0", "3", "3:x", "a/3:1", "a%2F3:1"):
         response = httpx.get(f"{url}/passages/{unknown}")
         assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
+        assert f"the index has no passage '{unquote(unknown)}'" in response.json()["error"]["message"]
 
 
 def test_a_fused_answer_ranks_by_words_too(url: str) -> None:
@@ -228,7 +233,6 @@ GOOD = {"query": "Io", "task": "nq"}
         (GOOD | {"top_k": "5"}, 422, "top_k", "int_type", "top_k: Input should be a valid integer"),
         (GOOD | {"top_k": 1001}, 422, "top_k", "invalid_top_k", "top_k is 1001 but may be 1000 at most"),
         (GOOD | {"query": ["Io"] * 65, "top_k": 1000}, 413, "top_k", "too_long", "65 queries with top_k 1000 ask for"),
-        (GOOD | {"timeout_ms": 30_001}, 422, "timeout_ms", "invalid_timeout_ms", "timeout_ms is 30001 but may be"),
         (GOOD | {"only_pages": ["1"] * 10_001}, 413, "only_pages", "too_long", "only_pages and without_pages name"),
         (GOOD | {"query": "x" * 20_001}, 413, "query", "too_long", "a query has 20001 characters but may have 20000"),
         (GOOD | {"query": "\ud800"}, 422, "query", "value_error", "query: holds half of a surrogate pair, which is no"),
@@ -408,6 +412,13 @@ def test_a_part_of_the_index_answers_only_where_that_is_allowed(folder: Path) ->
     assert not ask({0}, True, late={0}).coverage.full
 
 
+def test_a_request_that_only_an_idle_server_could_admit_is_refused_for_good(folder: Path) -> None:
+    api = api_of(folder, found(set()), limits={"tokens": 30})
+    with pytest.raises(TooLarge, match=r"have about 35 tokens but a request may have 30 \(limits\.tokens\); send"):
+        asyncio.run(api.retrieve(RetrieveRequest(query=["Titania"] * 7, task="nq")))
+    asyncio.run(api.retrieve(RetrieveRequest(query="Titania", task="nq")))
+
+
 def test_an_answer_is_kept_unless_it_is_partial(folder: Path) -> None:
     api = api_of(folder, found(set()))
 
@@ -472,6 +483,20 @@ def test_a_pair_that_does_not_belong_together_is_refused_by_field(folder: Path) 
     with pytest.raises(Refusal, match=r"ArtifactError: .*nothing: does not exist, or is empty; needed here: index"):
         build(args.model_dump() | {"index": str(folder / "nothing")})
     assert issubclass(Refusal, RayServeException)  # so that a deployment by file shows the message and does not retry
+
+
+def test_every_shard_of_an_index_grows_alike(folder: Path) -> None:
+    (written,) = yaml.safe_load((ROOT / "cluster" / "serve.yaml").read_text())["applications"]
+    of = {"checkpoint": str(folder / "checkpoint"), "index": str(folder / "index")}
+
+    def limits(args: dict[str, Any]) -> list[tuple[int, int] | None]:
+        *_, encoder, _ = build(args | of)._bound_deployment.init_args
+        shards = [one._bound_deployment._deployment_config for one in encoder._bound_deployment.init_args[1]]
+        growing = [one.autoscaling_config for one in shards]
+        return [one and (one.min_replicas, one.max_replicas) for one in growing]
+
+    assert limits(written["args"]) == [(1, 4), (1, 4)]
+    assert limits({}) == [None, None]
 
 
 def test_serve_run_ends_with_one_line_before_ray_starts(folder: Path) -> None:
@@ -558,11 +583,31 @@ def test_what_the_tokenizer_cannot_do_for_one_request_fails_none_beside_it(folde
     np.testing.assert_allclose(good.embeddings_BD, alone, atol=1e-6)
 
 
+def test_only_searches_whose_answers_cannot_hang_on_each_other_are_one(folder: Path) -> None:
+    """The first of an exact search are the same however many are asked for; not those of codes, graphs and fusions."""
+    encoder = object.__new__(Encoder.func_or_class)
+    served = open_version(str(folder / "checkpoint"), str(folder / "index"))
+    model = open_model(served.version)
+
+    def groups(kind: str, *searches: Search) -> int:
+        encoder._models = Versions(lambda _: replace(model, index=model.index.model_copy(update={"kind": kind})))
+        asks = [Ask(served.version, "nq", ("Io",), search, float("inf")) for search in searches]
+        return len({encoder._group(ask) for ask in asks})
+
+    few, more, many = (Search(top_k, "page", False) for top_k in (3, 10, 90))
+    assert groups("flat", few, more) == 1
+    assert groups("flat", few, more, many) == 2, "ninety hits are much to make for who wants three"
+    assert groups("flat", replace(few, fused=True), replace(more, fused=True)) == 2
+    assert groups("pq", few, more) == 2
+    assert groups("pq", few, replace(few)) == 1
+
+
 def test_a_call_that_hangs_ends_with_the_longest_time_that_a_request_may_take() -> None:
     async def run() -> None:
         calls = Dispatch(Limits(timeout_ms=20), None, None)
         assert await calls.within(asyncio.sleep(0, "there")) == "there"
-        with pytest.raises(Late, match="no answer within 20 ms; ask again"):
-            await calls.within(asyncio.sleep(60))
+        for longer in (None, 99_999):
+            with pytest.raises(Late, match="no answer within 20 ms; ask again"):
+                await calls.within(asyncio.sleep(60), longer)
 
     asyncio.run(asyncio.wait_for(run(), 30))

@@ -16,6 +16,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -154,6 +155,9 @@ def build_index(config: Config, checkpoint: str, prepared: str, out: str) -> Ind
         rows = max(shard.rows for shard in missing)
         require_memory(config.index.kind, rows, contract.dimension, own_memory())
         _build_shards(source, missing)
+    with suppress(ArtifactError):
+        if artifacts.read_manifest(out, KIND).facts.get("fingerprint") != contract.fingerprint:
+            print(f"index: replaces that of another model at {out}, which no endpoint can open any more", flush=True)
     manifest = _publish(out, source, plan)
     artifacts.remove(_shards_folder(out))
     shards = "1 shard" if len(plan) == 1 else f"{len(plan)} shards"

@@ -14,8 +14,6 @@ from taskspec.index.shard import Shard
 
 CHECKED_ROWS = 64
 """Rows of a shard that are looked up."""
-FLAT_ERROR, CODE_ERROR = 1e-5, 0.1
-"""How far, relative to an embedding's square, its score with its own row may be off: by rounding, by its code."""
 
 
 def require_finite(rows_N: np.ndarray, embedding_ND: np.ndarray, checkpoint: str) -> None:
@@ -47,9 +45,10 @@ def require_own_rows(shard: Shard, embeddings_ND: np.ndarray, uri: str) -> None:
     sample_BD = embeddings_ND[sample]
     efforts = KINDS[shard.kind].efforts
     best_B = shard.search(sample_BD, 1, efforts[-1] if efforts else None).scores_BK[:, 0]
-    own_B = np.diagonal(shard.score_rows(sample_BD, sample + shard.row_start))
+    alone = zip(sample_BD[:, None], sample[:, None] + shard.row_start, strict=True)
+    own_B = np.array([shard.rank(query_1D, row_1, 1).scores_BK[0, 0] for query_1D, row_1 in alone])
     true_B = (sample_BD.astype(np.float64) ** 2).sum(axis=1)
-    tolerance_B = (FLAT_ERROR if shard.kind == "flat" else CODE_ERROR) * true_B
+    tolerance_B = KINDS[shard.kind].rounding * true_B
     wrong_B = (np.abs(own_B - true_B) > tolerance_B) | (best_B < own_B - tolerance_B)
     if wrong_B.any():
         row = shard.row_start + int(sample[wrong_B.argmax()])

@@ -29,6 +29,8 @@ class Kind:
     codes: float
     """Recall@10 that is left when every list is visited and every candidate refined, as seen with embeddings of text
     models; each index measures its own (`recall.py`)."""
+    rounding: float
+    """How far, relative to an embedding's square, its score with its own row may be off."""
     effort: str | None = None
     """What FAISS calls the number by which a search tries harder; None where there is none."""
     efforts: tuple[int, ...] = ()
@@ -51,24 +53,28 @@ KINDS: dict[KindName, Kind] = {
         factory=lambda _n, _d: "Flat",
         bytes_a_shard=lambda n, d: 4.0 * n * d,
         codes=1.0,
+        rounding=1e-5,
     ),
     "fp16": Kind(
         about="every vector in fp16",
         factory=lambda _n, _d: "SQfp16",
         bytes_a_shard=lambda n, d: 2.0 * n * d,
         codes=0.999,
+        rounding=2e-3,
     ),
     "sq8": Kind(
         about="every vector in a byte per dimension",
         factory=lambda _n, _d: "SQ8",
         bytes_a_shard=lambda n, d: 1.0 * n * d,
         codes=0.98,
+        rounding=0.1,
     ),
     "ivf": Kind(
         about="lists of near vectors in fp16, of which a search visits some",
         factory=lambda n, _d: f"IVF{lists(n)},SQfp16",
         bytes_a_shard=lambda n, d: 2.0 * n * d + 8.0 * n + 4.0 * lists(n) * d,
         codes=0.999,
+        rounding=2e-3,
         effort="nprobe",
         efforts=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
     ),
@@ -77,6 +83,7 @@ KINDS: dict[KindName, Kind] = {
         factory=lambda _n, _d: f"HNSW{HNSW_LINKS}_SQfp16",
         bytes_a_shard=lambda n, d: 2.0 * n * d + (8.5 * HNSW_LINKS) * n,
         codes=0.999,
+        rounding=2e-3,
         effort="efSearch",
         efforts=(16, 32, 64, 128, 256, 512, 1024, 2048),
     ),
@@ -85,6 +92,7 @@ KINDS: dict[KindName, Kind] = {
         factory=lambda _n, d: f"PQ{subquantizers(d)}x4fs,Refine(SQ8)",
         bytes_a_shard=lambda n, d: n * (d + subquantizers(d) / 2),
         codes=0.98,
+        rounding=0.1,
         effort="k_factor",
         efforts=(1, 2, 4, 8, 16, 32, 64, 128),
     ),

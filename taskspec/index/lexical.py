@@ -70,18 +70,21 @@ class Lexical:
         found: list[list[int]] = once.tokenize(list(texts), update_vocab=False, show_progress=False, allow_empty=False)
         return found
 
-    def best_passages(self, words: Sequence[int], top_k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scores (K,) float32 and rows (K,) int64, best first, equal scores by lower row."""
+    def scores(self, words: Sequence[int]) -> np.ndarray:
+        """(N,) float32, the caller's own; 0 where a passage shares none of the words."""
         if not words:
-            return np.empty(0, dtype=np.float32), np.empty(0, dtype=np.int64)
-        scores_N = self._index.get_scores_from_ids(list(words))
-        least = 0.0
-        if top_k < len(scores_N):
-            least = np.partition(scores_N, -top_k)[-top_k]
-        # All that tie with the last one are sorted too, so that the lower row wins.
-        rows = np.flatnonzero((scores_N >= least) & (scores_N > 0))
-        rows_K = rows[np.argsort(-scores_N[rows], kind="stable")][:top_k]
-        return scores_N[rows_K], rows_K
+            return np.zeros(self._index.scores["num_docs"], dtype=np.float32)
+        return np.asarray(self._index.get_scores_from_ids(list(words)))
+
+
+def best_rows(scores_N: np.ndarray, top_k: int) -> np.ndarray:
+    """The rows (K,) of the highest scores above 0, best first, equal scores by lower row."""
+    least = 0.0
+    if top_k < len(scores_N):
+        least = np.partition(scores_N, -top_k)[-top_k]
+    # All that tie with the last one are sorted too, so that the lower row wins.
+    rows = np.flatnonzero((scores_N >= least) & (scores_N > 0))
+    return rows[np.argsort(-scores_N[rows], kind="stable")][:top_k]
 
 
 def _tokenizer() -> Tokenizer:

@@ -56,6 +56,11 @@ class Results(NamedTuple):
     rows_BK: np.ndarray
     """int64."""
 
+    @staticmethod
+    def none(queries: int) -> Results:
+        """No columns."""
+        return Results(np.empty((queries, 0), dtype=np.float32), np.empty((queries, 0), dtype=np.int64))
+
 
 class Shard(ABC):
     """A run of passage embeddings, searched as a whole. Searching is safe from several threads.
@@ -88,23 +93,27 @@ class Shard(ABC):
         assert np.isfinite(queries_BD).all(), "FAISS answers row −1 where a score is not a number"
         wanted = min(top_k, self.rows)
         if not wanted * len(queries_BD):
-            shape = len(queries_BD), wanted
-            return Results(np.empty(shape, dtype=np.float32), np.empty(shape, dtype=np.int64))
+            return Results.none(len(queries_BD))
         return self._search(queries_BD, wanted, effort)
 
     @abstractmethod
     def _search(self, queries_BD: np.ndarray, wanted: int, effort: int | None) -> Results: ...
 
-    def rank(self, queries_BD: np.ndarray, rows: np.ndarray) -> Results:
-        """Those of some global rows that lie in this shard, best first."""
-        own = rows[(rows >= self.row_start) & (rows < self.row_start + self.rows)]
-        shape = len(queries_BD), len(own)
-        scores_BK = self.score_rows(queries_BD, own) if len(own) else np.empty(shape, dtype=np.float32)
-        return merge_top_k([Results(scores_BK, np.broadcast_to(own, shape))], len(own))
+    def rank(self, queries_BD: np.ndarray, rows: np.ndarray, top_k: int) -> Results:
+        """The best of some global rows, those that lie in this shard: each is scored, whatever a search would reach.
+
+        Args: rows: ascending.
+        Returns: K = min(top_k, those rows) columns.
+        """
+        queries_BD = np.ascontiguousarray(queries_BD, dtype=np.float32)
+        numbers = rows[(rows >= self.row_start) & (rows < self.row_start + self.rows)] - self.row_start
+        wanted = min(top_k, len(numbers))
+        if not wanted * len(queries_BD):
+            return Results.none(len(queries_BD))
+        return self._rank(queries_BD, numbers, wanted)
 
     @abstractmethod
-    def score_rows(self, queries_BD: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """The scores (B, rows) float32 of given global rows of this shard, whatever a search would reach."""
+    def _rank(self, queries_BD: np.ndarray, numbers: np.ndarray, wanted: int) -> Results: ...
 
 
 def make_shard(kind: KindName, embeddings_ND: np.ndarray, row_start: int) -> Shard:
@@ -164,8 +173,9 @@ class FlatShard(Shard):
             rows_BK[number] = candidates[best] + self.row_start
         return Results(scores_BK, rows_BK)
 
-    def score_rows(self, queries_BD: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        return np.stack([self._scores(query_D, rows - self.row_start) for query_D in queries_BD])
+    def _rank(self, queries_BD: np.ndarray, numbers: np.ndarray, wanted: int) -> Results:
+        chosen = make_shard("flat", self._vectors_ND[numbers], 0).search(queries_BD, wanted)
+        return Results(chosen.scores_BK, numbers[chosen.rows_BK] + self.row_start)
 
     def _error(self, query_D: np.ndarray) -> float:
         """Bound on |FAISS's score − ours|: D products and D sums in any order, each off by at most 2^-24 of |q|·|x|,
@@ -178,9 +188,13 @@ class FlatShard(Shard):
         _, _, numbers = self.index.range_search(query_D[None], float(below))
         return np.asarray(numbers, dtype=np.int64)
 
+    @property
+    def _vectors_ND(self) -> np.ndarray:
+        """What the index holds, not a copy."""
+        return np.asarray(faiss.rev_swig_ptr(self.index.get_xb(), self.rows * self.index.d)).reshape(self.rows, -1)
+
     def _scores(self, query_D: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        vectors_ND = faiss.rev_swig_ptr(self.index.get_xb(), self.rows * self.index.d).reshape(self.rows, -1)
-        return row_scores(vectors_ND, query_D, numbers)
+        return row_scores(self._vectors_ND, query_D, numbers)
 
 
 def row_scores(vectors_ND: np.ndarray, query_D: np.ndarray, numbers: np.ndarray) -> np.ndarray:
@@ -201,11 +215,13 @@ class ApproximateShard(Shard):
     """Search as FAISS does it for the kind."""
 
     def _search(self, queries_BD: np.ndarray, wanted: int, effort: int | None) -> Results:
-        scores_BK, rows_BK = self.index.search(queries_BD, wanted, params=self._parameters(effort))
-        scores_BK[rows_BK < 0] = -np.inf
-        rows_BK[rows_BK >= 0] += self.row_start
-        best_BK = np.lexsort((rows_BK, -scores_BK), axis=1)
-        return Results(np.take_along_axis(scores_BK, best_BK, 1), np.take_along_axis(rows_BK, best_BK, 1))
+        return self._results(*self.index.search(queries_BD, wanted, params=self._parameters(effort)))
+
+    def _results(self, scores_BK: np.ndarray, numbers_BK: np.ndarray) -> Results:
+        """Of what FAISS answered."""
+        reached_BK = numbers_BK >= 0
+        rows_BK = np.where(reached_BK, numbers_BK + self.row_start, -1)
+        return merge_top_k([Results(np.where(reached_BK, scores_BK, -np.inf), rows_BK)], rows_BK.shape[1])
 
     def _parameters(self, effort: int | None, selected: Any = None) -> Any:
         kind = KINDS[self.kind]
@@ -219,19 +235,16 @@ class ApproximateShard(Shard):
             return parameters.SearchParametersHNSW(efSearch=effort)
         return parameters.IndexRefineSearchParameters(k_factor=effort)
 
-    def score_rows(self, queries_BD: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        queries_BD = np.ascontiguousarray(queries_BD, dtype=np.float32)
-        numbers = np.asarray(rows - self.row_start, dtype=np.int64)
+    def _rank(self, queries_BD: np.ndarray, numbers: np.ndarray, wanted: int) -> Results:
         if self.kind == "ivf":  # its vectors lie in lists, by none of their numbers
             every = self._parameters(self.index.nlist, faiss.IDSelectorBatch(numbers))
-            scores_BK, found_BK = self.index.search(queries_BD, len(numbers), params=every)
-            order_BK = np.argsort(found_BK, axis=1)[:, np.argsort(np.argsort(numbers))]
-            return np.asarray(np.take_along_axis(scores_BK, order_BK, 1))
+            return self._results(*self.index.search(queries_BD, wanted, params=every))
         codes = {"pq": "refine_index", "hnsw": "storage"}.get(self.kind)
-        vectors_ND = faiss.downcast_index(getattr(self.index, codes) if codes else self.index).reconstruct_batch(
-            numbers
+        holder = faiss.downcast_index(getattr(self.index, codes) if codes else self.index)
+        scores_BK, places_BK = faiss.knn(
+            queries_BD, holder.reconstruct_batch(numbers), wanted, metric=faiss.METRIC_INNER_PRODUCT
         )
-        return np.asarray(queries_BD @ vectors_ND.T)
+        return self._results(scores_BK, numbers[places_BK])
 
 
 def merge_top_k(parts: Sequence[Results], top_k: int) -> Results:

@@ -6,7 +6,7 @@ Shards come in as an argument: in this process, or behind a network.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -14,14 +14,14 @@ import numpy as np
 
 from taskspec.data.rows import RowStore
 from taskspec.errors import ArtifactError
-from taskspec.index.lexical import Lexical
+from taskspec.index.lexical import Lexical, best_rows
 from taskspec.index.manifest import LEXICAL_FOLDER, PASSAGES_FILE, IndexManifest, ShardFile
 from taskspec.index.page_ids import PageIds
 from taskspec.index.recall import MeasuredRecall
 from taskspec.index.shard import Results, Shard, load_shard, merge_top_k
 from taskspec.retrieve.fusion import FUSED_DEPTH, fuse
 from taskspec.retrieve.hits import Hit, Level
-from taskspec.retrieve.pages import Keep, Ranking, best_per_page, search_until_full
+from taskspec.retrieve.pages import Ranking, best_per_page, search_until_full
 
 
 class Shards(Protocol):
@@ -31,8 +31,8 @@ class Shards(Protocol):
         """The best passages of each query; row −1 where fewer were reached."""
         ...
 
-    def rank(self, queries_BD: np.ndarray, rows: np.ndarray) -> Results:
-        """These rows, best first: each is scored, so none is missed."""
+    def rank(self, queries_BD: np.ndarray, rows: np.ndarray, top_k: int) -> Results:
+        """The best of these rows, ascending: each is scored, so none is missed."""
         ...
 
 
@@ -64,17 +64,14 @@ class LocalShards:
         return len(self._shards)
 
     def search(self, queries_BD: np.ndarray, top_k: int, effort: int | None) -> Results:
-        parts = [shard.search(queries_BD, top_k, effort) for shard in self._shards]
-        return merge_top_k([*parts, _nothing(queries_BD)], top_k)
+        return self._merged((shard.search(queries_BD, top_k, effort) for shard in self._shards), queries_BD, top_k)
 
-    def rank(self, queries_BD: np.ndarray, rows: np.ndarray) -> Results:
-        parts = [shard.rank(queries_BD, rows) for shard in self._shards]
-        return merge_top_k([*parts, _nothing(queries_BD)], len(rows))
+    def rank(self, queries_BD: np.ndarray, rows: np.ndarray, top_k: int) -> Results:
+        return self._merged((shard.rank(queries_BD, rows, top_k) for shard in self._shards), queries_BD, top_k)
 
-
-def _nothing(queries_BD: np.ndarray) -> Results:
-    """What no shard at all finds: a deployment may have none of a version."""
-    return Results(np.empty((len(queries_BD), 0), dtype=np.float32), np.empty((len(queries_BD), 0), dtype=np.int64))
+    def _merged(self, parts: Iterable[Results], queries_BD: np.ndarray, top_k: int) -> Results:
+        """A deployment may have no shard of a version."""
+        return merge_top_k([*parts, Results.none(len(queries_BD))], top_k)
 
 
 class PageChoice(NamedTuple):
@@ -168,7 +165,7 @@ class Catalog:
         depth = max(top_k, FUSED_DEPTH)
         dense = self._rank(shards, queries_BD, depth, level, effort, pages)
         lexical = self.rank_lexical(fused_texts, depth, level, pages)
-        unit_of_row_N = self._page_of_row_N if level == "page" else np.arange(len(self._page_of_row_N))
+        unit_of_row_N = self._page_of_row_N if level == "page" else None
         fused = [fuse(pair, unit_of_row_N, top_k) for pair in zip(dense, lexical, strict=True)]
         return self.hits(fused, level, with_text)
 
@@ -178,25 +175,28 @@ class Catalog:
         """By shared words. Fewer than `top_k` where fewer passages share one."""
         assert self._lexical is not None, "asked for only where `fuses`"
         lexical = self._lexical
-        words = lexical.words(texts)
+        chosen = None if pages.only is None else self._rows_of(pages.only)
+        excluded = self._rows_of(pages.without)
 
-        def search(numbers_B: np.ndarray, passages: int) -> list[Ranking]:
-            return [Ranking(*lexical.best_passages(words[number], passages)) for number in numbers_B.tolist()]
+        def rank(words: Sequence[int]) -> Ranking:
+            scores_N = lexical.scores(words)
+            scores_N[excluded] = 0
+            scores_R = scores_N if chosen is None else scores_N[chosen]
 
-        numbers_B = np.arange(len(texts))
-        if level == "passage" and pages is EVERY_PAGE:
-            return search(numbers_B, top_k)
-        return search_until_full(search, self._keep(level, pages), numbers_B, top_k, len(self._page_of_row_N))
+            def search(_: np.ndarray, passages: int) -> list[Ranking]:
+                best_K = best_rows(scores_R, passages)
+                return [Ranking(scores_R[best_K], best_K if chosen is None else chosen[best_K])]
 
-    def _keep(self, level: Level, pages: PageChoice) -> Keep:
-        def keep(ranking: Ranking) -> Ranking:
-            page_K = self._page_of_row_N[ranking.rows_K]
-            if len(pages.without) or pages.only is not None:
-                kept_K = ~np.isin(page_K, pages.without) if pages.only is None else np.isin(page_K, pages.only)
-                ranking = Ranking(ranking.scores_K[kept_K], ranking.rows_K[kept_K])
-            return best_per_page(ranking, self._page_of_row_N) if level == "page" else ranking
+            one = np.zeros(1)
+            if level == "passage":
+                return search(one, top_k)[0]
+            return search_until_full(search, self._best_per_page, one, top_k, len(scores_R))[0]
 
-        return keep
+        # One query after the other: each has as many scores as there are passages.
+        return [rank(words) for words in lexical.words(texts)]
+
+    def _best_per_page(self, ranking: Ranking) -> Ranking:
+        return best_per_page(ranking, self._page_of_row_N)
 
     def _rank(
         self,
@@ -207,16 +207,28 @@ class Catalog:
         effort: int | None,
         pages: PageChoice,
     ) -> list[Ranking]:
-        keep = self._keep(level, pages)
+        if pages.only is None:
+            rows = len(self._page_of_row_N)
+            # Where candidates are refined they are a multiple of what is asked for: no fewer than were measured.
+            least = self._recall.at if self._recall and effort is not None else 1
 
-        def search(queries_BD: np.ndarray, passages: int) -> list[Ranking]:
-            return _rankings(shards.search(queries_BD, passages, effort))
+            def search(queries_BD: np.ndarray, passages: int) -> list[Ranking]:
+                return _rankings(shards.search(queries_BD, max(passages, least), effort), passages)
 
-        if pages.only is not None:
-            ranked = _rankings(shards.rank(queries_BD, self._rows_of(pages.only)))
-            return [Ranking(one.scores_K[:top_k], one.rows_K[:top_k]) for one in map(keep, ranked)]
+        else:
+            chosen = self._rows_of(pages.only)
+            rows = len(chosen)
+
+            def search(queries_BD: np.ndarray, passages: int) -> list[Ranking]:
+                return _rankings(shards.rank(queries_BD, chosen, passages), passages)
+
+        def keep(ranking: Ranking) -> Ranking:
+            kept_K = ~np.isin(self._page_of_row_N[ranking.rows_K], pages.without)
+            ranking = Ranking(ranking.scores_K[kept_K], ranking.rows_K[kept_K])
+            return self._best_per_page(ranking) if level == "page" else ranking
+
         if level == "page" or len(pages.without):
-            return search_until_full(search, keep, queries_BD, top_k, len(self._page_of_row_N))
+            return search_until_full(search, keep, queries_BD, top_k, rows)
         return search(queries_BD, top_k)
 
     def passage(self, passage_id: str) -> dict[str, str] | None:
@@ -258,9 +270,10 @@ class Catalog:
         return result
 
 
-def _rankings(results: Results) -> list[Ranking]:
+def _rankings(results: Results, top_k: int) -> list[Ranking]:
     """Without the rows that were not reached."""
-    return [Ranking(scores_K[rows_K >= 0], rows_K[rows_K >= 0]) for scores_K, rows_K in zip(*results, strict=True)]
+    rankings = (Ranking(scores_K[rows_K >= 0], rows_K[rows_K >= 0]) for scores_K, rows_K in zip(*results, strict=True))
+    return [Ranking(one.scores_K[:top_k], one.rows_K[:top_k]) for one in rankings]
 
 
 def index_version(artifact_id: str) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import json
+import math
 import random
 import threading
 import time
@@ -26,6 +27,9 @@ import httpx
 
 from taskspec.errors import EndpointError
 from taskspec.retrieve.hits import Hit, Level
+
+Body = dict[str, Any]
+"""Of a request."""
 
 SENT_AGAIN = (429, 502, 503)
 FIRST_WAIT_S, LONGEST_WAIT_S, DOUBLED = 0.1, 5.0, 10
@@ -90,7 +94,7 @@ class Client:
         answers = []
         search = _search(top_k, level, with_text, only_pages, without_pages, fused, allow_partial)
         for body in _bodies(query, self._batch_size, task=task, **search):
-            answers += _answers(self._call("POST", "/retrieve", deadline, json=body))
+            answers += _answers(self._call("POST", "/retrieve", deadline, body))
         return answers
 
     def tasks(self) -> dict[str, Any]:
@@ -98,20 +102,20 @@ class Client:
         answer: dict[str, Any] = self._call("GET", "/tasks", time.monotonic() + self._timeout_s)
         return answer
 
-    def _call(self, method: str, path: str, deadline: float, **content: Any) -> Any:
+    def _call(self, method: str, path: str, deadline: float, body: Body | None = None) -> Any:
         attempts = _Attempts(f"{method} {_url(self._http, path)}", deadline)
         for left_s in attempts:
             if not self._turn.acquire(timeout=left_s):
                 raise attempts.late("waiting for its turn")
             try:
-                with self._http.stream(method, path, timeout=attempts.left(), **content) as response:
-                    body = bytearray()
+                with self._http.stream(method, path, timeout=attempts.left(), json=attempts.timed(body)) as response:
+                    answer = bytearray()
                     for chunk in response.iter_bytes():
-                        body += chunk
+                        answer += chunk
                         if not attempts.left():  # httpx limits the time between two chunks only
                             raise attempts.late("its answer came too slowly")
-                if attempts.done(response.status_code, response.headers, bytes(body)):
-                    return attempts.parsed(bytes(body))
+                if attempts.done(response.status_code, response.headers, bytes(answer)):
+                    return attempts.parsed(bytes(answer))
             except httpx.TransportError as error:
                 attempts.failed(error)
             finally:
@@ -170,29 +174,19 @@ class AsyncClient:
         deadline = time.monotonic() + self._timeout_s
         search = _search(top_k, level, with_text, only_pages, without_pages, fused, allow_partial)
         bodies = _bodies(query, self._batch_size, task=task, **search)
-        async with asyncio.TaskGroup() as group:
-            calls = [group.create_task(self._quietly("POST", "/retrieve", deadline, json=body)) for body in bodies]
-        answers = []
-        for call in calls:
-            result = call.result()
-            if isinstance(result, EndpointError):
-                raise result
-            answers += _answers(result)
-        return answers
+        try:
+            async with asyncio.TaskGroup() as group:
+                calls = [group.create_task(self._call("POST", "/retrieve", deadline, body)) for body in bodies]
+        except ExceptionGroup as errors:  # of the first that failed; it ended the others
+            raise errors.exceptions[0] from None
+        return [answer for call in calls for answer in _answers(call.result())]
 
     async def tasks(self) -> dict[str, Any]:
         """What `GET /tasks` says. Raises: EndpointError."""
         answer: dict[str, Any] = await self._call("GET", "/tasks", time.monotonic() + self._timeout_s)
         return answer
 
-    async def _quietly(self, method: str, path: str, deadline: float, **content: Any) -> Any:
-        """An error as a value: a TaskGroup would wrap it in a group of errors."""
-        try:
-            return await self._call(method, path, deadline, **content)
-        except EndpointError as error:
-            return error
-
-    async def _call(self, method: str, path: str, deadline: float, **content: Any) -> Any:
+    async def _call(self, method: str, path: str, deadline: float, body: Body | None = None) -> Any:
         attempts = _Attempts(f"{method} {_url(self._http, path)}", deadline)
         for left_s in attempts:
             try:
@@ -201,7 +195,7 @@ class AsyncClient:
                 raise attempts.late("waiting for its turn") from error
             try:
                 async with asyncio.timeout(attempts.left()):  # httpx limits the time between two chunks only
-                    response = await self._http.request(method, path, timeout=None, **content)
+                    response = await self._http.request(method, path, timeout=None, json=attempts.timed(body))
                 if attempts.done(response.status_code, response.headers, response.content):
                     return attempts.parsed(response.content)
             except httpx.TransportError as error:
@@ -262,11 +256,18 @@ class _Attempts:
             text = " ".join(body.decode(errors="replace").split())[:200]
             raise EndpointError(f"{self._what}: the answer is no JSON: {text}") from error
 
+    def timed(self, body: Body | None) -> Body | None:
+        """What is sent now: with the time that is left, so that nothing is begun that comes too late."""
+        return body and {**body, "timeout_ms": math.ceil(1000 * self.left()) or 1}
+
     def failed(self, error: httpx.TransportError) -> None:
+        """Raises: EndpointError if another attempt would not help."""
         self._sent += 1
         self._asked_s = None
         reason = f"{type(error).__name__} {error}".strip()
         self._last = EndpointError(f"{self._what}: {reason}; is the endpoint there, and its address right?")
+        if isinstance(error, httpx.UnsupportedProtocol):
+            raise self._last from error
 
     def wait(self) -> float:
         """Seconds until the next attempt: a random time that doubles, after the time that the server asked for, so that
@@ -302,7 +303,7 @@ def _limits(concurrency: int) -> httpx.Limits:
     return httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
 
 
-def _bodies(query: str | Sequence[str], size: int, **fields: Any) -> list[dict[str, Any]]:
+def _bodies(query: str | Sequence[str], size: int, **fields: Any) -> list[Body]:
     queries = [query] if isinstance(query, str) else list(query)
     return [{"query": queries[first : first + size], **fields} for first in range(0, len(queries), size)]
 
@@ -315,9 +316,9 @@ def _search(
     without_pages: Sequence[str],
     fused: bool,
     allow_partial: bool,
-) -> dict[str, Any]:
+) -> Body:
     """The fields of a request that are not the endpoint's defaults anyway."""
-    fields: dict[str, Any] = {"top_k": top_k, "level": level, "with_text": with_text}
+    fields: Body = {"top_k": top_k, "level": level, "with_text": with_text}
     if only_pages is not None:
         fields["only_pages"] = list(only_pages)
     if without_pages:

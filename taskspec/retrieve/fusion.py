@@ -18,17 +18,18 @@ FUSED_DEPTH = 100
 """Results of each ranking that are fused, at least."""
 
 
-def fuse(rankings: Sequence[Ranking], unit_of_row_N: np.ndarray, top_k: int) -> Ranking:
+def fuse(rankings: Sequence[Ranking], unit_of_row_N: np.ndarray | None, top_k: int) -> Ranking:
     """Ranks units by Σ 1 / (60 + rank) over the rankings that hold them, ranks from 1; equal scores by lower row.
 
-    Args: rankings: of the same query; a unit stands once in each. unit_of_row_N: the page of a row, or the row itself.
+    Args: rankings: of the same query; a unit stands once in each. unit_of_row_N: the page of a row; None where each
+        row is a unit.
     Returns: the fused scores; a unit stands as its row in the first ranking that holds it.
     """
     scores: dict[int, float] = {}
     rows: dict[int, int] = {}
     for ranking in rankings:
         for rank, row in enumerate(ranking.rows_K.tolist(), start=1):
-            unit = int(unit_of_row_N[row])
+            unit = row if unit_of_row_N is None else int(unit_of_row_N[row])
             scores[unit] = scores.get(unit, 0.0) + 1 / (RANK_OFFSET + rank)
             rows.setdefault(unit, row)
     best = sorted(scores, key=lambda unit: (-scores[unit], rows[unit]))[:top_k]
