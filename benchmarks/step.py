@@ -1,12 +1,13 @@
 """What specialization costs in a training step, against the better of two plain DDP steps on the same global batches.
 
     python benchmarks/step.py                        # step time, small and medium, 2 workers
-    python benchmarks/step.py memory                 # peak memory of each way, in processes of its own
+    python benchmarks/step.py memory                 # peak memory of each way, checkpoints included, in own processes
     python benchmarks/step.py wire --workers 8       # bytes on the wire
     python benchmarks/step.py growth                 # step time with 16 tasks over that with 2, equal total queries
 
 One run holds all ways and takes a step of each in turn, so what else the machine does meets all alike; ratios are those
-of neighbouring steps. T5 encoder, fp32, no dropout, one thread a worker, gloo. Neither Ray nor FAISS is imported.
+of neighbouring steps. T5 encoder, fp32, no dropout, one thread a worker, gloo. Neither Ray nor FAISS is imported. Steps
+that are timed do not describe their weights, which a run does every tenth step.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ class Setting:
     queries: int
     """Of a task on one worker."""
     steps: int
+    whole: bool = False
+    """Also what a run does once in a while: describes the weights, compares the workers, takes a checkpoint's state."""
 
 
 def make_encoder(size: Size) -> Encoder:
@@ -162,7 +165,7 @@ class Plain:
         module = kind(encoder, TEMPERATURE, self.collectives)
         self.model: Any = DistributedDataParallel(module) if self.collectives.workers > 1 else module
         self.parameters = list(encoder.parameters())
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=0.0, fused=True)
 
     def step(self, batches: Sequence[TaskBatch]) -> None:
         self.optimizer.zero_grad()
@@ -187,7 +190,13 @@ def configuration(setting: Setting, distribution: str, workers: int) -> Config:
             "tasks": [{"name": f"t{number}"} for number in range(setting.tasks)],
             "contrastive": {"temperature": TEMPERATURE},
             "specialization": {"method": "taco", "warmup": 0.0, "min_warmup_steps": 0},
-            "train": {"distribution": distribution, "workers": workers, "learning_rate": 1e-4, "steps": 10**6},
+            "train": {
+                "distribution": distribution,
+                "workers": workers,
+                "learning_rate": 1e-4,
+                "steps": 10**6,
+                "compare_every": 1 if setting.whole else 10**6,
+            },
         },
         "benchmark",
     )
@@ -221,7 +230,9 @@ def make_step(way: str, setting: Setting, collectives: Collectives) -> tuple[Cal
     ]
 
     def take(step: int) -> None:
-        assert trainer.step(step, steps[step]).skipped is None
+        assert trainer.step(step, steps[step], describe=setting.whole).skipped is None
+        if setting.whole:
+            trainer.state(keep=rank == 0)
 
     trainer.settle(steps[0])
     return take, trainer.collectives
@@ -290,7 +301,7 @@ def step_time(sizes: Sequence[str], tasks: int, workers: int, pairs: int) -> Non
 def memory(name: str, tasks: int, workers: int) -> None:
     size = SIZES[name]
     parameters = sum(parameter.numel() for parameter in make_encoder(size).parameters())
-    setting = Setting(size, tasks, size.queries, 2)
+    setting = Setting(size, tasks, size.queries, 2, whole=True)
     peaks = {way: max(one["peak"] for one in measure({way: run}, workers)) for way, run in all_ways(setting).items()}
     better = min(peaks[way] for way in PLAIN)
     print(f"peak memory of a worker, {name} ({parameters / 1e6:.1f} M parameters), T = {tasks}, W = {workers}\n")

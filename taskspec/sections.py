@@ -152,8 +152,9 @@ class Specialization(Section):
     """Share of the steps with equal weights; then strength grows from 0 over as many steps again."""
     min_warmup_steps: int = Field(100, ge=0)
     """Warm-up lasts at least this many steps, but no more than a quarter of the run because of it."""
-    cgd_step: float = Field(0.05, gt=0)
-    """Step size of `cgd`'s task weights."""
+    cgd_step: float = Field(5e-4, gt=0)
+    """Step size of `cgd`'s task weights, which grow by its exponential at every step: at 0.05 a few tasks have nearly
+    all after some hundred of them (benchmarks/README.md)."""
     gradnorm_step: float = Field(0.025, gt=0)
     """Step size of `gradnorm`'s task weights."""
     gradnorm_restoring: float = Field(1.5, ge=0)

@@ -2,7 +2,6 @@
 
 import pytest
 
-from taskspec import store
 from taskspec.config import Config, with_values
 from taskspec.data.plan import Plan
 from taskspec.errors import ConfigError, PlacementError, TrainingError
@@ -60,6 +59,12 @@ def test_what_cannot_fit_is_refused_with_both_numbers_and_a_way_out(tiny_config,
     plan.require_fits(plan.held)
     with pytest.raises(PlacementError, match=rf"needs 0\.0 MB a worker .*parameters 0\.0 MB.*; {way_out}"):
         plan.require_fits(plan.held - 1)
+    tried = measured(plan, [line(5, 60.0), line(10, 10.0)])
+    tried.require_fits(2_000_000_000)
+    with pytest.raises(
+        PlacementError, match=rf"took 2\.00 GB at its peak in 10 steps.* set train\.chunk_texts, or {way_out}"
+    ):
+        tried.require_fits(1_999_999_999)
 
 
 def test_a_task_parallel_run_with_more_workers_than_tasks_is_refused(tiny_config):
@@ -75,7 +80,7 @@ def test_shapes_are_those_of_the_encoder_that_is_built(tiny_config, tiny_prepare
         config = with_values(tiny_config, {"model.pooling": pooling})
         encoder, tokenizer = build_encoder(config.model, texts, seed=0)
         same_vocabulary = with_values(config, {"model.scratch.vocabulary": len(tokenizer)})
-        assert encoder_shapes(same_vocabulary.model) == ([tuple(one.shape) for one in encoder.parameters()], 0)
+        assert encoder_shapes(same_vocabulary.model, None) == ([tuple(one.shape) for one in encoder.parameters()], 0)
 
 
 def line(step: int, seconds: float, **values):
@@ -97,20 +102,34 @@ def test_a_summary_stands_beside_the_plan_and_shows_what_each_task_lost_or_won(t
     assert "2 s a step in 10 steps, 1 s a checkpoint: 47 s" in plan.to_text(4_000_000_000)
     assert "2.00 GB at its peak in 10 steps, of 4.00 GB" in plan.to_text(4_000_000_000)
     run = Run(str(tmp_path), "step-00000020", "step-00000010", 0.5, 0.5, finished=True)
-    write_plan(run.uri, plan)
+    write_plan(run.uri, plan, tiny_config)
     lines = [line(10, 30.0), line(20, 33.0, bad_steps=2, tasks={"a": {"loss": 1.0, "dev_accuracy": 0.45}})]
-    assert summary(run, lines).splitlines() == [
+    assert summary(run, lines, tiny_config).splitlines() == [
         "trained 20 steps in 65 s, 2.00 GB a worker at its peak, 2 step(s) skipped; "
         "best checkpoint step-00000010, dev accuracy 50%",
         "planned: 47 s, 2.00 GB at its peak",
         "dev accuracy from start to end: a 10 → 45%",
     ]
-    assert store.exists(store.join(run.uri, "plan.json"))
+    other = with_values(tiny_config, {"train.steps": 30})
+    assert "planned" not in summary(run, lines, other), "that was the plan of another configuration"
+
+
+def test_a_summary_of_several_workers_has_the_bytes_that_one_sends_in_a_step(tiny_config, tmp_path):
+    config = with_values(tiny_config, {"train.workers": 2})
+    run = Run(str(tmp_path), "step-00000020", "step-00000010", 0.5, 0.5, finished=True)
+    plan = planned(config, specialization__method="mean", train__workers=2)
+    write_plan(run.uri, measured(plan, [line(5, 60.0), line(10, 10.0)]), config)
+    # Bytes are counted from where a start begins.
+    lines = [line(4, 1.0, start="a", bytes_sent=9e9), *(line(n, 1.0, start="b", bytes_sent=n * 3e5) for n in (8, 16))]
+    took, foreseen, *_ = summary(run, lines, config).splitlines()
+    assert "2.00 GB a worker at its peak, which sent 0.3 MB a step; best" in took
+    assert foreseen == "planned: 47 s, 2.00 GB at its peak, 0.0 MB a step"
+    assert "sent" not in summary(run, lines[:1], config), "from one line nothing is known"
 
 
 def test_a_run_whose_every_step_was_skipped_says_so_and_a_plan_of_such_steps_is_refused(tiny_config, tmp_path):
     run = Run(str(tmp_path), "step-00000005", "step-00000000", 0.1, 0.1, finished=True)
-    assert summary(run, [line(5, 1.0, bad_steps=5)]).startswith(
+    assert summary(run, [line(5, 1.0, bad_steps=5)], tiny_config).startswith(
         "trained no step: no gradient was finite; lower train.learning_rate"
     )
     with pytest.raises(TrainingError, match="of the 10 steps that were tried too few had a finite gradient"):

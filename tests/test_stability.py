@@ -41,7 +41,7 @@ def test_the_noisy_task_has_the_larger_error_and_the_smaller_sample(planted):
     need_TR, steps = planted
     stability = Stability(3, rows(), need_TR)
     for step in steps:
-        stability.add(step)
+        stability.add(step, torch.ones(3, dtype=torch.int64))
     for layer in ("encoder 0", "encoder 1"):
         first, second, noisy = (task[layer] for task in stability.estimates())
         rough = need_TR[0].square().mean().sqrt()
@@ -59,12 +59,27 @@ def test_shrinkage_takes_off_most_of_the_noise_and_leaves_the_others(planted):
     stability = Stability(3, rows(), need_TR)
     assert torch.equal(stability.shrink(2, steps[0][2]), steps[0][2]), "nothing is known yet"
     for step in steps[:-1]:
-        stability.add(step)
+        stability.add(step, torch.ones(3, dtype=torch.int64))
     before = [float((steps[-1][task] - need_TR[task]).norm()) for task in range(3)]
     after = [float((stability.shrink(task, steps[-1][task]) - need_TR[task]).norm()) for task in range(3)]
     assert after[2] < 0.35 * before[2]
     for task in (0, 1):
         assert after[task] < 1.15 * before[task]
+
+
+def test_a_task_without_a_gradient_says_nothing_about_itself(planted):
+    _, steps = planted
+    all_of, some = Stability(3, rows(), torch.empty(0)), Stability(3, rows(), torch.empty(0))
+    there = torch.tensor([1, 1, 0])
+    for number, step in enumerate(steps):
+        all_of.add(step, torch.ones(3, dtype=torch.int64))
+        some.add(step * there[:, None] if number % 2 else step, there if number % 2 else torch.ones_like(there))
+    assert some.updates_T.tolist() == [len(steps), len(steps), (len(steps) + 1) // 2]
+    for found, expected in zip(some.state().values(), all_of.state().values(), strict=True):
+        torch.testing.assert_close(found[:2], expected[:2])
+    for steady, rare in zip(*(one.estimates()[2].values() for one in (all_of, some)), strict=True):
+        assert 0.5 < rare.standard_error / steady.standard_error < 1.5
+        assert 0.5 < rare.reliability / steady.reliability < 2
 
 
 def test_with_shrinkage_noise_owns_no_rows_and_more_rows_lean_to_whom_they_should(planted):

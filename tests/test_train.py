@@ -31,7 +31,7 @@ from taskspec.train.checkpoint import (
 )
 from taskspec.train.launch import _show_progress, needed_cpus, start_run
 from taskspec.train.planning import summary
-from taskspec.train.step import Trainer, learning_rate_factor
+from taskspec.train.step import Trainer, learning_rate_factor, squared_norm
 from taskspec.train.worker import (
     TrainJob,
     console_line,
@@ -292,7 +292,7 @@ def test_lora_trains_a_small_part_and_its_checkpoint_is_a_plain_encoder(job):
     trainer = Trainer(config, resumed.encoder, torch.device("cpu"))
     whole = sum(value.numel() for name, value in base.items())
     assert trainer.flat.size < 0.2 * whole  # a tiny encoder: most of a real one is larger matrices
-    shapes = encoder_shapes(config.model)
+    shapes = encoder_shapes(config.model, None)
     assert sum(math.prod(shape) for shape in shapes.trained) == trainer.flat.size
     largest = (
         config.model.scratch.vocabulary - base["shared.weight"].shape[0]
@@ -454,7 +454,7 @@ def test_a_run_that_ends_between_its_checkpoint_and_what_follows_keeps_its_lines
     assert [line["step"] for line in lines] == [2, 3, 4, 6, 8]
     queries = sum(make_plan(job.config, PreparedData.open(job.prepared)).batch.values())
     assert sum(line["queries"] for line in lines) == 8 * queries
-    assert "trained 8 steps" in summary(run, lines)
+    assert "trained 8 steps" in summary(run, lines, job.config)
 
 
 def test_a_run_whose_checkpoint_is_not_named_yet_makes_its_steps_again(job, monkeypatch):
@@ -552,6 +552,15 @@ def test_a_step_that_is_skipped_is_told_and_counted_over_restarts(job, bad):
     trainer = Trainer(job.config, open_training(read_run(job.run).last_uri, job.config).encoder, torch.device("cpu"))
     trainer.load(open_training(read_run(job.run).last_uri, job.config).tensors)
     assert trainer.bad_steps == 1
+
+
+def test_the_norm_of_very_many_elements_is_that_of_real_numbers():
+    """Summed in float32, the squares of as many elements as a large encoder has stop to count."""
+    many_P = torch.full((50_000_001,), 1e-3)
+    assert squared_norm(many_P).item() ** 0.5 == pytest.approx(many_P[0].item() * 50_000_001**0.5, rel=1e-6)
+    few_P = torch.tensor([3.0, 4.0])
+    assert squared_norm(few_P).item() == pytest.approx(25)
+    assert math.isnan(squared_norm(torch.tensor([1.0, math.nan])))
 
 
 def test_learning_rate_rises_then_falls_to_zero():

@@ -146,15 +146,16 @@ class Shapes(NamedTuple):
     """Elements that LoRA leaves as they are."""
 
 
-def encoder_shapes(model: Model) -> Shapes:
-    """What an encoder's parameters will be, without making or reading them. Raises: ConfigError as `load_encoder`."""
+def encoder_shapes(model: Model, source: str | Path | None) -> Shapes:
+    """What an encoder's parameters will be, without making or reading them.
+
+    Args: source: what `load_encoder` would load; None is an encoder from nothing.    Raises: ConfigError as it does.
+    """
     from transformers import AutoConfig, AutoModel, T5EncoderModel, T5Model
 
     try:
         config = (
-            _scratch_config(model, model.scratch.vocabulary)
-            if model.source is None
-            else AutoConfig.from_pretrained(model.source)
+            _scratch_config(model, model.scratch.vocabulary) if source is None else AutoConfig.from_pretrained(source)
         )
         with torch.device("meta"):
             if config.model_type == "t5":
@@ -167,7 +168,7 @@ def encoder_shapes(model: Model) -> Shapes:
                 add_lora(Encoder(transformer, model.pooling, model.similarity), model.lora, seed=0)
     except (OSError, ValueError, TypeError, KeyError) as error:
         first_line = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model.source {model.source}: no T5 or BERT-like encoder: {first_line}") from error
+        raise ConfigError(f"model.source {source}: no T5 or BERT-like encoder: {first_line}") from error
     parameters = list(transformer.parameters())
     return Shapes(
         [tuple(parameter.shape) for parameter in parameters if parameter.requires_grad],

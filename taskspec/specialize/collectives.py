@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+COMPARED_TOGETHER = 1 << 20
+"""Elements."""
+
 
 class Collectives:
     """The default process group, or no group at all.
@@ -79,7 +82,7 @@ class Collectives:
         """
         self.bytes_sent += vector_P.nbytes * (self.workers - 1) // self.workers
         if dist.get_backend() == "nccl":
-            return Scatter(received_WS[:1], dist.reduce_scatter_tensor(received_WS[0], vector_P, async_op=True))
+            return Scatter(received_WS[:1], dist.reduce_scatter_single(received_WS[0], vector_P, async_op=True))
         return Scatter(received_WS, dist.all_to_all_single(received_WS, vector_P, async_op=True))
 
     def start_exchange(self, vector_P: Tensor | None, senders: Sequence[bool], received_WS: Tensor) -> Exchange:
@@ -112,7 +115,9 @@ class Collectives:
         if self.workers == 1:
             return True
         bits_P = vector_P.view(torch.int32 if vector_P.element_size() == 4 else torch.int64)
-        found_W = _all_gather(bits_P.sum(dtype=torch.int64)[None])
+        # In pieces: torch would hold all of them as int64.
+        sums = [piece.sum(dtype=torch.int64) for piece in torch.split(bits_P, COMPARED_TOGETHER)]
+        found_W = _all_gather(torch.stack(sums).sum()[None])
         return bool((found_W == found_W[0]).all())
 
 

@@ -54,11 +54,12 @@ class TaskLoss(nn.Module):
         if self.chunk_texts is None or len(ids_NL) <= self.chunk_texts:
             embedding_ND: Tensor = self.encoder(ids_NL, mask_NL)
             return embedding_ND
-        length_N = mask_NL.sum(dim=1)
-        order_N = length_N.argsort(stable=True)  # a chunk is as long as its longest text
+        length_N, order_N = mask_NL.sum(dim=1).sort(stable=True)  # a chunk is as long as its longest text
+        lengths = length_N.tolist()  # all at once: for each of them a GPU would be waited for
         parts = []
-        for rows in torch.split(order_N, self.chunk_texts):
-            longest = int(length_N[rows[-1]])
+        for start in range(0, len(lengths), self.chunk_texts):
+            rows = order_N[start : start + self.chunk_texts]
+            longest = lengths[start + len(rows) - 1]
             parts.append(checkpoint(self.encoder, ids_NL[rows, :longest], mask_NL[rows, :longest], use_reentrant=False))
         return torch.cat(parts)[order_N.argsort()]
 

@@ -150,7 +150,7 @@ class Taco:
         return Update(grad_P, specialized, self.stability.estimates() if describe else None)
 
     def accept(self) -> None:
-        self.stability.add(self._normalized_TR)
+        self.stability.add(self._normalized_TR, (self._next_T - self.updates_T).cpu())
         self.average_TR.copy_(self._next_TR)
         self.updates_T.copy_(self._next_T)
         self.steps_done += 1
@@ -180,10 +180,9 @@ class _Combined(ABC):
 
     def update(self, loss_T: Tensor, *, describe: bool) -> Update:
         product_TT = self.share.sum((self._grad_TP @ self._grad_TP.T).double()).cpu()
-        finite = bool(product_TT.isfinite().all())
-        factor_T = (
-            self._factors(product_TT, loss_T.double().cpu()) if finite else loss_T.new_full((len(loss_T),), torch.nan)
-        )
+        factor_T = torch.full((len(loss_T),), torch.nan, dtype=torch.float64)
+        if product_TT.isfinite().all():
+            factor_T = self._factors(product_TT, loss_T.double().cpu())
         grad_P = factor_T.to(self._grad_TP) @ self._grad_TP
         return Update(grad_P, self._describe(factor_T) if describe else None)
 

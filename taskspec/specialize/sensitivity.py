@@ -61,7 +61,7 @@ def bias_correction(updates_T: Tensor, decay: float) -> Tensor:
 
     Args: updates_T: int64 updates of each task.    Returns: (T,) float64; 1 where there was none.
     """
-    filled_T = 1 - torch.pow(torch.tensor(decay, dtype=torch.float64, device=updates_T.device), updates_T)
+    filled_T = 1 - decay ** updates_T.double()
     return torch.where(updates_T > 0, 1 / filled_T, torch.ones_like(filled_T))
 
 

@@ -53,7 +53,8 @@ class Stability:
         self._reliability_TR = like.new_empty(0)
         self.mean_TR = like.new_zeros(tasks, rows.rows)
         self.square_TR = torch.zeros_like(self.mean_TR)
-        self.updates_T = torch.zeros(tasks, dtype=torch.int64, device=like.device)
+        self.updates_T = torch.zeros(tasks, dtype=torch.int64)
+        """On the CPU, where it is asked for task by task."""
 
     def shrink(self, task: int, normalized_R: Tensor) -> Tensor:
         """One task's ŝ drawn to the running mean of all tasks by its reliability; as it is while little is known, for
@@ -65,11 +66,15 @@ class Stability:
             self._reliability_TR = self._reliability()[:, self._layer_R]
         return self._common_R + self._reliability_TR[task] * (normalized_R - self._common_R)
 
-    def add(self, normalized_TR: Tensor) -> None:
-        """Takes in one step's ŝ of all tasks, as they were before any shrinkage."""
-        self.mean_TR.mul_(MEMORY).add_(normalized_TR, alpha=1 - MEMORY)
-        self.square_TR.mul_(MEMORY).addcmul_(normalized_TR, normalized_TR, value=1 - MEMORY)
-        self.updates_T += 1
+    def add(self, normalized_TR: Tensor, measured_T: Tensor) -> None:
+        """Takes in one step's ŝ, as they were before any shrinkage.
+
+        Args: measured_T: int64 on the CPU, 1 for each task that had a gradient: one without it says nothing.
+        """
+        share_T1 = ((1 - MEMORY) * measured_T).to(self.mean_TR)[:, None]
+        self.mean_TR.lerp_(normalized_TR, share_T1)
+        self.square_TR.lerp_(normalized_TR.square(), share_T1)
+        self.updates_T += measured_T
         self._common_R = None
 
     def estimates(self) -> list[Mapping[str, Estimate]]:

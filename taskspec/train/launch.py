@@ -159,7 +159,7 @@ def train(job: TrainJob) -> Run:
     finished = read_run(job.run)
     assert finished is not None
     label = job.run.rstrip("/").rpartition("/")[2]
-    for line in summary(finished, read_metrics(job.run)).splitlines():
+    for line in summary(finished, read_metrics(job.run), job.config).splitlines():
         print(f"{label}: {line}", flush=True)
     return finished
 
@@ -171,11 +171,14 @@ def plan(job: TrainJob) -> TrainingPlan:
     Raises: PlacementError if memory or CPUs are too few; what training raises.
     """
     config = job.config
-    planned = plan_training(config, make_plan(config, PreparedData.open(job.prepared)), encoder_shapes(config.model))
+    # The encoder of a checkpoint counts, not the one that the configuration would begin with.
+    source = artifacts.open_artifact(job.start, "checkpoint").folder if job.start else config.model.source
+    shapes = encoder_shapes(config.model, source)
+    planned = plan_training(config, make_plan(config, PreparedData.open(job.prepared)), shapes)
     available = None if config.train.gpu else cluster.worker_memory(config.train.workers)
     planned.require_fits(available)
     require_cpus(config)
-    values = {"steps": PROBE_STEPS, "checkpoint_every": PROBE_STEPS, "log_every": PROBE_STEPS // 2, "dev_queries": 2}
+    values = {"steps": PROBE_STEPS, "checkpoint_every": PROBE_STEPS, "log_every": PROBE_STEPS // 2}
     tried = replace(
         job,
         run=store.join(job.run, "plan"),
@@ -188,7 +191,8 @@ def plan(job: TrainJob) -> TrainingPlan:
         planned = measured(planned, read_metrics(tried.run))
     finally:
         artifacts.remove(tried.run)
-    write_plan(job.run, planned)
+    planned.require_fits(available)
+    write_plan(job.run, planned, config)
     print(planned.to_text(available), flush=True)
     return planned
 

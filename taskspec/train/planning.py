@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from taskspec import store
-from taskspec.config import Config
+from taskspec.config import Config, canonical_sha256
 from taskspec.data.plan import Plan
 from taskspec.errors import PlacementError, TrainingError
 from taskspec.model.encoder import Shapes
@@ -70,10 +70,17 @@ class TrainingPlan:
 
         Raises: PlacementError with both numbers, and what would take less.
         """
-        if available is not None and self.held > available:
+        if available is None:
+            return
+        if self.held > available:
             raise PlacementError(
                 f"training needs {_size(self.held)} a worker before any activation ({self.memory_text()}), there "
                 f"are {_size(available)}; {self._way_out()}"
+            )
+        if self.peak is not None and self.peak > available:
+            raise PlacementError(
+                f"a worker took {_size(self.peak)} at its peak in {PROBE_STEPS} steps, {_size(self.held)} of it all "
+                f"the time, there are {_size(available)}; set train.chunk_texts, or {self._way_out()}"
             )
 
     def memory_text(self) -> str:
@@ -96,7 +103,7 @@ class TrainingPlan:
             f"  steps            {self.steps:,} of {self.queries} queries; epochs: {epochs}",
         ]
         if self.peak is not None and self.step_seconds is not None:
-            have = "" if available is None else f", of {_size(available)}"
+            have = "; nobody has looked whether that is there" if available is None else f", of {_size(available)}"
             lines.insert(2, f"                   {_size(self.peak)} at its peak in {PROBE_STEPS} steps{have}")
             lines.append(
                 f"  time             {self.step_seconds:.2g} s a step in {PROBE_STEPS} steps, "
@@ -173,12 +180,23 @@ def measured(plan: TrainingPlan, lines: Sequence[Mapping[str, Any]]) -> Training
     return TrainingPlan(**asdict(plan) | found)
 
 
-def write_plan(run: str, plan: TrainingPlan) -> None:
+def write_plan(run: str, plan: TrainingPlan, config: Config) -> None:
     """Beside the run, to be compared with it when it ends."""
-    store.write_bytes(store.join(run, PLAN_FILE), json.dumps(asdict(plan), indent=1).encode())
+    content = {"configuration": canonical_sha256(config.model_dump(mode="json")), **asdict(plan)}
+    store.write_bytes(store.join(run, PLAN_FILE), json.dumps(content, indent=1).encode())
 
 
-def summary(run: Run, lines: Sequence[Mapping[str, Any]]) -> str:
+def _planned(run: str, config: Config) -> TrainingPlan | None:
+    """The run's plan; None if there is none, or one of another configuration."""
+    path = store.join(run, PLAN_FILE)
+    if not store.exists(path):
+        return None
+    content = json.loads(store.read_bytes(path))
+    same = content.pop("configuration", None) == canonical_sha256(config.model_dump(mode="json"))
+    return TrainingPlan(**content) if same else None
+
+
+def summary(run: Run, lines: Sequence[Mapping[str, Any]], config: Config) -> str:
     """How a finished run went, beside its plan where it was planned: two or three lines for the console."""
     skipped = lines[-1]["bad_steps"]
     if skipped >= lines[-1]["step"]:
@@ -188,22 +206,31 @@ def summary(run: Run, lines: Sequence[Mapping[str, Any]]) -> str:
         )
     peak = max(line["peak_bytes"] for line in lines)
     best = f", dev accuracy {100 * run.best_accuracy:.0f}%" if run.best_accuracy >= 0 else ""
+    sent = _sent_a_step(lines) if config.train.workers > 1 else None
     text = [
         f"trained {lines[-1]['step']:,} steps in {_duration(seconds_taken(lines))}, {_size(peak)} a worker at its peak"
+        + ("" if sent is None else f", which sent {_size(sent)} a step")
         + (f", {skipped} step(s) skipped" if skipped else "")
         + f"; best checkpoint {run.best}{best}"
     ]
-    path = store.join(run.uri, PLAN_FILE)
-    if store.exists(path):
-        plan = TrainingPlan(**json.loads(store.read_bytes(path)))
-        if plan.step_seconds is not None and plan.peak is not None:
-            text.append(f"planned: {_duration(plan.seconds)}, {_size(plan.peak)} at its peak")
+    plan = _planned(run.uri, config)
+    if plan is not None and plan.step_seconds is not None and plan.peak is not None:
+        planned = f"planned: {_duration(plan.seconds)}, {_size(plan.peak)} at its peak"
+        text.append(planned + ("" if sent is None else f", {_size(plan.sent)} a step"))
     started = lines[0]["dev_at_start"]
     ended = {task: one["dev_accuracy"] for task, one in lines[-1]["tasks"].items() if "dev_accuracy" in one}
     both = [f"{task} {100 * started[task]:.0f} → {100 * ended[task]:.0f}%" for task in ended if task in started]
     if both:
         text.append("dev accuracy from start to end: " + ", ".join(both))
     return "\n".join(text)
+
+
+def _sent_a_step(lines: Sequence[Mapping[str, Any]]) -> float | None:
+    """Bytes by the first worker, between the first and the last line of the last start; None if that is one line."""
+    last = lines[-1]
+    first = next(line for line in lines if line["start"] == last["start"])
+    steps = last["step"] - first["step"]
+    return (last["bytes_sent"] - first["bytes_sent"]) / steps if steps else None
 
 
 def _size(size: float) -> str:

@@ -56,6 +56,17 @@ def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
     return (steps - step) / max(1, steps - rising)
 
 
+NORM_PIECE = 1024
+"""Squares that are summed in the vector's own precision: of all elements of a T5-base, float32 loses 3% of the norm."""
+
+
+def squared_norm(vector_P: Tensor) -> Tensor:
+    """A float64 scalar."""
+    whole = len(vector_P) // NORM_PIECE * NORM_PIECE
+    rest = vector_P[whole:].norm()[None]
+    return torch.cat([vector_P[:whole].view(-1, NORM_PIECE).norm(dim=1), rest]).double().square().sum()
+
+
 class Trainer:
     """Model, method and optimizer of one worker, and the step that moves them.
 
@@ -90,7 +101,7 @@ class Trainer:
             seed=config.seed,
         )
         self.optimizer = torch.optim.AdamW(
-            [self.parameter], lr=config.train.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
+            [self.parameter], lr=config.train.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True
         )
         self.bad_steps = 0
 
@@ -167,7 +178,7 @@ class Trainer:
         self.encoder.train()
 
     def _norm(self, vector_P: Tensor) -> float:
-        return math.sqrt(self.share.sum(vector_P.norm().square().double()))
+        return math.sqrt(self.share.sum(squared_norm(vector_P)))
 
     def _skip(self, step: int, ordered: Batches) -> str:
         """Counts a step that no worker takes. Returns: what was not finite, found by computing the gradients again."""
@@ -262,7 +273,8 @@ class Trainer:
             if found != self.flat.size:
                 raise TrainingError(f"the checkpoint's optimizer has {found} elements, the model {self.flat.size}")
             self.optimizer.state[self.parameter] = {
-                name: self._part(value) if value.dim() else value.clone() for name, value in groups["optimizer"].items()
+                name: self._part(value) if value.dim() else value.to(self.device, copy=True)
+                for name, value in groups["optimizer"].items()
             }
         self.method.load(groups["method"])
         self.bad_steps = int(groups["trainer"].get("bad_steps", 0))

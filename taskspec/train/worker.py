@@ -170,6 +170,7 @@ def train_worker(
                     inputs=inputs,
                     dev_accuracy=accuracy,
                 )
+            del state  # twice as large as the parameters
             published += time.perf_counter() - paused
 
         # with each checkpoint and once in a while: one line for the console, JSONL and TensorBoard
