@@ -220,6 +220,23 @@ def test_workers_together_do_what_one_does(
         assert error < 1e-7, f"{name}: relative difference {error:.1e}"
 
 
+def train_as_on_gpus(config: Config, prepared: PreparedData, negatives: str) -> dict[str, torch.Tensor]:
+    """By the operations that are there for NCCL; gloo has them too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "get_backend", lambda: "nccl")
+        return train(config, prepared, negatives)
+
+
+def test_the_operations_of_nccl_give_what_those_of_gloo_give(tiny_config, tiny_prepared, negatives, tmp_path):
+    config = configure(tiny_config, "taco", distribution="sharded")
+    as_on_gpus = together(2, tmp_path / "nccl", train_as_on_gpus, config, tiny_prepared, negatives)
+    for mine, theirs in zip(
+        together(2, tmp_path / "gloo", train, config, tiny_prepared, negatives), as_on_gpus, strict=True
+    ):
+        for name, value in mine.items():
+            torch.testing.assert_close(theirs[name], value, rtol=1e-9, atol=1e-12)
+
+
 def test_filling_rows_change_nothing(tiny_config, tiny_prepared, negatives):
     """Four workers and a task of three queries: the last worker holds nothing but filling."""
     config = configure(tiny_config, "mean")
