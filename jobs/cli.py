@@ -35,11 +35,16 @@ def parser(description: str, *, config_required: bool = True) -> argparse.Argume
 def configuration(arguments: argparse.Namespace) -> Config:
     """The configuration that `--config` and `--set` name, its local paths made absolute."""
     config = load_config(arguments.config, arguments.overrides)
+
+    def located(uri: str) -> str:
+        whole = store.is_s3(uri) or os.path.isabs(uri)
+        return store.absolute(uri if whole else store.join(config.data.folder, uri))
+
     tree = config.model_dump(mode="json")
     tree["artifacts"] = store.absolute(config.artifacts)
-    tree["data"]["knowledge_source"] = [store.absolute(uri) for uri in config.data.knowledge_source]
+    tree["data"] |= {"folder": ".", "knowledge_source": [located(uri) for uri in config.data.knowledge_source]}
     for task in tree["tasks"]:
-        task |= {split: [store.absolute(uri) for uri in task[split]] for split in ("train", "dev")}
+        task |= {split: [located(uri) for uri in task[split]] for split in ("train", "dev")}
     if config.model.source and os.path.isdir(config.model.source):
         tree["model"]["source"] = store.absolute(config.model.source)
     return parse_config(tree, arguments.config)

@@ -16,6 +16,7 @@ from taskspec import artifacts, store
 from taskspec.config import Config, canonical_sha256
 
 if TYPE_CHECKING:
+    from taskspec.data.prepared import PreparedData
     from taskspec.evaluate.run import EvaluationTable
     from taskspec.retrieve.retriever import Searcher
     from taskspec.train.checkpoint import Run
@@ -50,8 +51,6 @@ class Result(NamedTuple):
     table: EvaluationTable
     trained: dict[str, Trained]
     """By system."""
-    systems: dict[str, Searcher | dict[str, Searcher]]
-    """What was evaluated, opened: BM25 and the trained ones."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -76,58 +75,50 @@ def run_pipeline(config: Config, systems: Mapping[str, Config]) -> Result:
     from taskspec import cluster
     from taskspec.data.prepared import PreparedData
     from taskspec.evaluate.run import EvaluationTable, publish_evaluation
-    from taskspec.negatives.bm25 import BM25
-    from taskspec.retrieve.retriever import Retriever
 
     cluster.connect(config.cluster)
     inputs = make_inputs(config)
     trained = {system: train_and_index(one, inputs) for system, one in systems.items()}
 
     prepared = PreparedData.open(inputs.prepared)
-    opened: dict[str, Searcher | dict[str, Searcher]] = {"bm25": BM25.build(prepared)}
-    ids = {}
-    for system, one in trained.items():
-        retriever = Retriever.open(one.checkpoint, one.index)
-        tasks = [task.name for task in systems[system].trained_tasks]
-        opened[system] = dict.fromkeys(tasks, retriever)
-        ids[f"index/{system}"] = artifacts.read_manifest(one.index, "index").id
+    ids = {f"index/{system}": artifacts.read_manifest(one.index, "index").id for system, one in trained.items()}
     evaluation = store.join(config.artifacts, "evaluation")
-    if stands(evaluation, "evaluation", config, {"prepared": prepared.id, **ids}, ("evaluate",)):
+    keys = {"evaluate": config.evaluate.model_dump(mode="json")}
+    if artifacts.standing(evaluation, "evaluation", inputs={"prepared": prepared.id, **ids}, config=keys):
         table = EvaluationTable.open(evaluation)
     else:
-        table = publish_evaluation(evaluation, opened, prepared, config, inputs=ids)
-    return Result(inputs.prepared, evaluation, table, trained, opened)
+        table = publish_evaluation(evaluation, open_systems(systems, trained, prepared), prepared, config, inputs=ids)
+    return Result(inputs.prepared, evaluation, table, trained)
+
+
+def open_systems(
+    systems: Mapping[str, Config], trained: Mapping[str, Trained], prepared: PreparedData
+) -> dict[str, Searcher | dict[str, Searcher]]:
+    """What a pipeline evaluates: BM25, and the trained systems on the tasks that they were trained on."""
+    from taskspec.negatives.bm25 import BM25
+    from taskspec.retrieve.retriever import Retriever
+
+    opened: dict[str, Searcher | dict[str, Searcher]] = {"bm25": BM25.build(prepared)}
+    for system, one in trained.items():
+        retriever = Retriever.open(one.checkpoint, one.index)
+        opened[system] = dict.fromkeys((task.name for task in systems[system].trained_tasks), retriever)
+    return opened
 
 
 def make_inputs(config: Config) -> Inputs:
     """Prepared data and, where training wants them, BM25 negatives."""
-    from taskspec.data.prepare import prepare, prepare_inputs
+    from taskspec.data.prepare import prepare
     from taskspec.data.prepared import PreparedData
     from taskspec.negatives.bm25 import mine_bm25
 
     prepared = store.join(config.artifacts, "prepared")
-    if not stands(prepared, "prepared-data", config, prepare_inputs(config), ("data", "tasks", "seed")):
-        print(prepare(config, prepared).to_text(), flush=True)
+    print(prepare(config, prepared).to_text(), flush=True)
     if not config.contrastive.negatives:
         return Inputs(prepared, None)
-    data = PreparedData.open(prepared)
     negatives = store.join(config.artifacts, "negatives")
-    if not stands(negatives, "negatives", config, {"prepared": data.id}, ("negatives",)):
-        counts = mine_bm25(data, config, negatives)
-        print(f"{negatives}: BM25 negatives for {len(counts)} tasks", flush=True)
+    counts = mine_bm25(PreparedData.open(prepared), config, negatives)
+    print(f"{negatives}: BM25 negatives for {len(counts)} tasks", flush=True)
     return Inputs(prepared, negatives)
-
-
-def stands(uri: str, kind: str, config: Config, inputs: dict[str, str], sections: Sequence[str]) -> bool:
-    """Whether an artifact exists for the same inputs and the same values of those sections."""
-    if not store.exists(store.join(uri, artifacts.MANIFEST)):
-        return False
-    manifest = artifacts.read_manifest(uri, kind)
-    tree = config.model_dump(mode="json")
-    same = manifest.inputs == inputs and all(manifest.config.get(name) == tree[name] for name in sections)
-    if same:
-        print(f"{uri}: stands already for the same inputs", flush=True)
-    return same
 
 
 def train_and_index(config: Config, inputs: Inputs) -> Trained:

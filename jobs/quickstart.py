@@ -57,7 +57,7 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
     world = Path(config.data.knowledge_source[0]).parent
     stage(f"a world of {arguments.pages:,} pages and {len(config.tasks)} tasks in {world}")
 
-    from jobs.pipeline import run_pipeline
+    from jobs.pipeline import open_systems, run_pipeline
     from taskspec.data.prepared import PreparedData
     from taskspec.data.world import write_world
     from taskspec.evaluate.report import sample_answers, write_report
@@ -67,11 +67,13 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
     write_world(world, pages=arguments.pages, seed=0)
 
     stage(f"prepare, mine negatives, then train, index and evaluate: {', '.join(SYSTEMS)}")
-    result = run_pipeline(config, {system: with_values(config, changes) for system, changes in SYSTEMS.items()})
+    systems = {system: with_values(config, changes) for system, changes in SYSTEMS.items()}
+    result = run_pipeline(config, systems)
     served = result.trained[SERVED]
 
     stage("write the report")
-    samples = sample_answers(result.systems, PreparedData.open(result.prepared))
+    prepared = PreparedData.open(result.prepared)
+    samples = sample_answers(open_systems(systems, result.trained, prepared), prepared)
     report = write_report(
         Path(config.artifacts) / "report",
         title=f"{config.name}: one retriever, {len(config.tasks)} tasks",

@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -85,8 +86,12 @@ def publishing(
     `facts` is read on leaving, so the writer may fill it. An error inside leaves nothing behind, and what a killed
     process left goes when the next one publishes there. An artifact that stood at `uri` before is replaced: on a file
     system once the new one is complete, on S3 it goes when uploading begins.
-    Raises: StoreError when the disk is full, or when something that is no artifact stands at `uri`.
+    Raises: StoreError when the disk is full, when something that is no artifact stands at `uri`, or when another
+        process has begun to upload there.
     """
+    old = Path(f"{uri.rstrip('/')}.replaced")
+    if not store.is_s3(uri) and old.exists() and not Path(uri).exists():
+        os.rename(old, uri)  # a process was killed while it replaced the artifact
     _require_replaceable(uri)
     parent = Path(tempfile.gettempdir() if store.is_s3(uri) else Path(uri).absolute().parent)
     with store.named(uri, "written"):
@@ -101,7 +106,8 @@ def publishing(
             yield work
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise StoreError(f"{uri}: cannot be written: {error}") from error
+                places = f"prepared in {parent}, scratch in {tempfile.gettempdir()}"
+                raise StoreError(f"{uri}: cannot be written ({places}): {error}") from error
             raise
         _require_replaceable(uri)
         with store.named(uri, "written"):
@@ -121,7 +127,7 @@ def publishing(
                 _upload(work, uri, names)
             else:
                 os.chmod(work, 0o755)
-                old = work.with_name(f"{work.name}-old")
+                shutil.rmtree(old, ignore_errors=True)
                 with suppress(FileNotFoundError):
                     os.rename(uri, old)
                 os.rename(work, uri)
@@ -151,13 +157,17 @@ def _require_replaceable(uri: str) -> None:
 
 
 def _upload(work: Path, uri: str, names: list[str]) -> None:
-    """Puts an artifact on S3, its manifest last; the marker lets the next try replace a broken one."""
-    store.write_bytes(store.join(uri, _MARKER), b"")
+    """Puts an artifact on S3, its manifest last; the marker lets the next try replace a broken one, and tells who began
+    last: of two writers only that one's manifest comes."""
+    marker, mine = store.join(uri, _MARKER), uuid.uuid4().hex.encode()
+    store.write_bytes(marker, mine)
     stale = store.list_files(uri)
     if store.join(uri, MANIFEST) in stale:
         store.delete(store.join(uri, MANIFEST))
     current = [store.join(uri, name) for name in [*names, MANIFEST]]
     for name, target in zip([*names, MANIFEST], current, strict=True):
+        if name == MANIFEST and (not store.exists(marker) or store.read_bytes(marker) != mine):
+            raise StoreError(f"{uri}: another process publishes there at the same time; let one of them finish")
         store.upload(work / name, target)
     for old in set(stale).difference(current):
         store.delete(old)
@@ -193,6 +203,26 @@ def read_manifest(uri: str, kind: str) -> Manifest:
             f"{uri}: has format version {manifest.format_version}, this taskspec reads {FORMAT_VERSION}; make it again"
         )
     return manifest
+
+
+def standing(uri: str, kind: str, *, inputs: Mapping[str, str], config: Mapping[str, Any]) -> Manifest | None:
+    """The manifest of an artifact that stands there, made of the same inputs with the same values; says that it does.
+
+    Args: config: the dotted keys of the configuration that decide its content → their values.
+    """
+    if not store.exists(store.join(uri, MANIFEST)):
+        return None
+    manifest = read_manifest(uri, kind)
+    if manifest.inputs != inputs or any(_value(manifest.config, key) != value for key, value in config.items()):
+        return None
+    print(f"{uri}: stands already for the same inputs", flush=True)
+    return manifest
+
+
+def _value(tree: Any, dotted: str) -> Any:
+    for key in dotted.split("."):
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
 
 
 def open_artifact(uri: str, kind: str, *, verify: bool = False, files: Iterable[str] | None = None) -> Artifact:

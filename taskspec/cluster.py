@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from taskspec.errors import PlacementError
@@ -95,11 +96,16 @@ def require(what: str, *, cpus: float, gpus: float = 0, wait_s: float) -> None:
         if not asked:
             request_resources(bundles=[{"CPU": 1}] * math.ceil(cpus) + [{"GPU": 1}] * math.ceil(gpus))
             asked = True
+            if wait_s:
+                print(f"{_lacks(what, cpus, gpus, have)}; waits for nodes, {wait_s:g} s at most", flush=True)
         if time.monotonic() >= deadline:
             request_resources(bundles=[])
             waited = f" after {wait_s:g} s" if wait_s else ""
-            raise PlacementError(
-                f"{what} needs {cpus:g} CPUs and {gpus:g} GPUs, the cluster has {have.get('CPU', 0):g} and "
-                f"{have.get('GPU', 0):g}{waited}; add nodes, ask for less, or raise cluster.local_cpus"
-            )
+            way_out = "add nodes, ask for less, or raise cluster.local_cpus"
+            raise PlacementError(f"{_lacks(what, cpus, gpus, have)}{waited}; {way_out}")
         time.sleep(1)
+
+
+def _lacks(what: str, cpus: float, gpus: float, have: Mapping[str, float]) -> str:
+    has = f"{have.get('CPU', 0):g} and {have.get('GPU', 0):g}"
+    return f"{what} needs {cpus:g} CPUs and {gpus:g} GPUs, the cluster has {has}"

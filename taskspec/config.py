@@ -177,8 +177,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}: must look like a.b=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not YAML") from error
+    except (yaml.YAMLError, ValueError) as error:  # a date that is none is no YAMLError
+        raise ConfigError(f"--set {override}: the value is not YAML; put text in quotes") from error
     _put(tree, dotted, value, f"--set {override}")
 
 

@@ -54,7 +54,10 @@ def fetch(uri: str, artifact_id: str, files: Mapping[str, str], verify: bool) ->
             named.parent.mkdir(parents=True, exist_ok=True)
             temporary = named.with_name(f".{named.name}.{uuid.uuid4().hex}")
             os.link(content, temporary)
-            os.replace(temporary, named)
+            try:
+                os.replace(temporary, named)
+            finally:
+                temporary.unlink(missing_ok=True)  # where another process was faster both are one file, and both stay
     return place
 
 

@@ -42,6 +42,8 @@ class Task(Section):
 class Data(Section):
     """From KILT files to prepared data."""
 
+    folder: str = "."
+    """Where relative paths of files begin, those of tasks too: a local folder or s3://…."""
     knowledge_source: tuple[str, ...] = ()
     """Page files in KILT's format: .jsonl or .jsonl.gz, local or s3://; `*` is expanded."""
     passage_words: int = Field(100, ge=10)
@@ -266,8 +268,9 @@ class Cluster(Section):
     local_cpus: int = Field(4, ge=1)
     """Logical CPUs of the Ray that a job starts when it is not submitted to a cluster. Training
     takes one per worker, Ray Data needs some beside them."""
-    wait_s: float = Field(45, ge=0)
-    """How long a job waits for an autoscaler to bring what it needs before it says so and ends."""
+    wait_s: float = Field(1200, ge=0)
+    """How long a job waits for an autoscaler to bring what it needs before it says so and ends: a node with a GPU takes
+    minutes to start and to fetch its image."""
 
 
 class Sweep(Section):

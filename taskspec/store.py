@@ -85,27 +85,44 @@ def open_input(uri: str) -> IO[bytes]:
             return open(uri, "rb")
         bucket, key = _split(uri)
         try:
-            body = _s3().get_object(Bucket=bucket, Key=key)["Body"]
+            found = _s3().get_object(Bucket=bucket, Key=key)
         except Exception as error:
             if _is_missing(error):
                 raise FileNotFoundError(uri) from error
             raise
-        return io.BufferedReader(_S3Stream(uri, body), buffer_size=1 << 20)
+        return io.BufferedReader(_S3Stream(uri, found["Body"], found["ETag"]), buffer_size=1 << 20)
+
+
+READ_ATTEMPTS = 5
+"""How often a read of an S3 stream is tried, each on a new connection after the first."""
 
 
 class _S3Stream(io.RawIOBase):
-    """botocore's body as a raw stream that BufferedReader and gzip can read."""
+    """botocore's body as a raw stream that BufferedReader and gzip can read. Large files are read for hours: one that
+    breaks off is asked for again from there."""
 
-    def __init__(self, uri: str, body: Any) -> None:
-        self._uri = uri
-        self._body = body
+    def __init__(self, uri: str, body: Any, etag: str) -> None:
+        self._uri, self._body, self._etag = uri, body, etag
+        self._read = 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
+        from botocore.exceptions import BotoCoreError
+
         with named(self._uri, "read"):
-            data = self._body.read(len(buffer))
+            for left in reversed(range(READ_ATTEMPTS)):
+                try:
+                    data = self._body.read(len(buffer))
+                    break
+                except (OSError, BotoCoreError):
+                    if not left:
+                        raise
+                    bucket, key = _split(self._uri)
+                    rest = f"bytes={self._read}-"  # of the same content, or the server refuses
+                    self._body = _s3().get_object(Bucket=bucket, Key=key, Range=rest, IfMatch=self._etag)["Body"]
+        self._read += len(data)
         buffer[: len(data)] = data
         return len(data)
 

@@ -165,6 +165,7 @@ def test_overrides_reach_every_key(path):
         ("seed", r"--set seed: must look like a\.b=value"),
         ("=1", r"--set =1: must look like a\.b=value"),
         ("seed=[", r"--set seed=\[: the value is not YAML"),
+        ("name=2025-13-45", "--set name=2025-13-45: the value is not YAML; put text in quotes"),
         ("seed.a=1", "--set seed.a=1: 'seed' is a value|seed: "),
         ("name.a.b=1", "--set name.a.b=1: 'a' lies below a value, not below a section"),
         ("name.a=1", "--set name.a=1: name is a value, it has no key 'a'"),

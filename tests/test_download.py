@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
+from jobs import cli
 from jobs import download as job
 from taskspec.config import load_config
 from taskspec.data import download as module
@@ -403,7 +404,7 @@ def kilt(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
 def test_the_preset_finds_every_file_afterwards_and_a_second_run_asks_nothing(kilt, server, tmp_path):
     answer = kilt()
     folder = tmp_path / "data/kilt"
-    config = load_config("kilt")
+    config = cli.configuration(cli.parser("").parse_args(["--config", "kilt"]))
     for task in config.tasks:
         for uri in (*task.train, *task.dev):
             assert Path(uri).is_file()

@@ -13,11 +13,11 @@ import pytest
 
 from jobs import prepare as job
 from taskspec import store
-from taskspec.config import Config, parse_config
+from taskspec.config import Config, parse_config, with_values
 from taskspec.data import preparation
 from taskspec.data import prepare as prepare_module
 from taskspec.data.check import EstimatedTokens, check
-from taskspec.data.prepare import prepare, prepare_inputs
+from taskspec.data.prepare import prepare
 from taskspec.data.prepared import PreparedData
 from taskspec.data.reading import InputFiles
 from taskspec.errors import ConfigError, DataError, PlacementError, StoreError
@@ -155,7 +155,6 @@ DAMAGE = {
     "'id' must be a text": query(7, [("10", 1)]) | {"id": 7},
     "'input' is empty": query("blank", [("10", 1)], text="  "),
     "'id' is a duplicate": query(2, [("10", 1)], text="another question 2"),
-    "no output has provenance": query("nowhere"),
     "a provenance has no 'wikipedia_id'": query("page", []) | {"output": [{"provenance": [{"title": "Page 10"}]}]},
     "gold page is not in the knowledge source": query("missing", [("99", 1)], [("98", None), ("10", 1)]),
     "'input' is not Unicode": query("half", [("10", 1)], text="half \ud83d"),
@@ -176,7 +175,9 @@ def test_every_damaged_record_goes_to_quarantine_with_its_line_and_no_good_one_i
     (count,) = (one for one in data.artifact.manifest.facts["files"] if one["file"] == "nq-train-kilt.jsonl")
     assert count == {
         "file": "nq-train-kilt.jsonl",
+        "use": "nq/train",
         "records": len(lines),
+        "without_provenance": 0,
         "bad": len(DAMAGE),
         "kinds": dict.fromkeys(DAMAGE, 1),
     }
@@ -203,6 +204,8 @@ def test_the_same_id_in_train_and_dev_or_in_two_tasks_is_no_damage(make_config, 
     assert data.tasks("train") == ("a", "b")
     assert data.tasks("dev") == ("a",)
     assert quarantine(data) == {}
+    uses = {one["use"]: one["file"] for one in data.artifact.manifest.facts["files"]}
+    assert uses == {"knowledge_source": "pages.jsonl", **dict.fromkeys(("a/train", "a/dev", "b/train"), "shared.jsonl")}
 
 
 def test_the_same_id_in_two_files_of_a_split_is_a_duplicate(make_config, tmp_path):
@@ -244,7 +247,21 @@ def test_how_the_knowledge_source_is_split_and_packed_does_not_matter(make_confi
 def test_preparing_twice_gives_the_same_artifact(make_config, tmp_path):
     config = make_config([query(number, [("10", 1)]) for number in range(50)] + [b"{"])
     assert prepared(config, tmp_path, "one").id == prepared(config, tmp_path, "two").id
-    assert prepare_inputs(config) == PreparedData.open(str(tmp_path / "one")).artifact.manifest.inputs
+
+
+def test_prepared_data_of_the_same_files_cut_the_same_way_is_left_as_it_is(make_config, tmp_path, capsys):
+    config = make_config([query(number, [("10", 1)]) for number in range(9)] + [b"{"], max_bad_fraction=0.5)
+    uri = str(tmp_path / "prepared")
+    first = prepare(config, uri)
+    made = store.read_bytes(f"{uri}/manifest.json")
+    other = with_values(config, {"seed": 7, "prompts.query": "{text}", "tasks.nq.max_query_tokens": 9})
+    for same in (config, other):
+        again = prepare(same, uri)
+        assert (again.to_text(), again.queries) == (first.to_text().replace(f"{tmp_path}/", ""), first.queries)
+        assert f"{uri}: stands already for the same inputs" in capsys.readouterr().out
+    assert store.read_bytes(f"{uri}/manifest.json") == made
+    prepare(with_values(config, {"data.passage_words": 50}), uri)
+    assert store.read_bytes(f"{uri}/manifest.json") != made
 
 
 def test_the_same_files_in_another_folder_give_the_same_artifact(make_config, tmp_path):
@@ -294,7 +311,7 @@ def test_other_pages_are_a_choice_by_seed_that_does_not_depend_on_the_order(make
     assert chosen == sorted(chosen)
     assert kept("reversed", pages[::-1], other_pages=10) == chosen[::-1]
     assert set(kept("more", pages, other_pages=20)) > set(chosen)
-    assert kept("seed", pages, other_pages=10, seed=1) != chosen
+    assert kept("seed", pages, other_pages=10, seed=1) == chosen, "runs of several seeds search the same pages"
     assert len(kept("all", pages, other_pages=1000)) == 60
 
 
@@ -316,6 +333,18 @@ def test_too_many_bad_records_stop_the_job_and_stay_readable(make_config, tmp_pa
     assert len(prepared(one_more, tmp_path).queries("nq", "train")) == 97
 
 
+def test_records_without_provenance_are_left_out_however_many_and_are_not_bad(make_config, tmp_path):
+    """As in KILT's own train files, of which one has more than a tenth of them."""
+    lines = [query(number, *([[("10", 1)]] if number % 3 else [])) for number in range(30)]
+    config = make_config([*lines, query(0, [("10", 1)])], max_bad_fraction=0.05)
+    data = prepared(config, tmp_path)
+    assert len(data.queries("nq", "train")) == 20
+    (count,) = (one for one in data.artifact.manifest.facts["files"] if one["use"] == "nq/train")
+    assert (count["records"], count["without_provenance"], count["bad"]) == (31, 10, 1)
+    assert quarantine(data) == {"nq-train-kilt.jsonl": [(31, "'id' is a duplicate", json.dumps(query(0, [("10", 1)])))]}
+    assert "left out: 10 of 31 records of" in check(config).to_text()
+
+
 def test_too_many_missing_gold_pages_stop_the_job(make_config, tmp_path):
     config = make_config([query(1, [("10", 1)]), query(2, [("98", 1)]), query(3, [("99", 1)])])
     with pytest.raises(DataError, match=r"2 of 3 .*line 2: gold page is not in the knowledge source \(98\); line 3"):
@@ -334,8 +363,8 @@ def test_a_file_without_records_is_refused(make_config, tmp_path):
 
 
 def test_a_split_without_good_records_is_refused(make_config, tmp_path):
-    with pytest.raises(DataError, match=r"tasks\.nq\.train: all its records are bad; lower data\.max_bad_fraction"):
-        prepare(make_config([b"{"], max_bad_fraction=1), str(tmp_path / "prepared"))
+    with pytest.raises(DataError, match=r"tasks\.nq\.train: none of its records is good .* lower data\.max_bad_fr"):
+        prepare(make_config([b"{", query(1)], max_bad_fraction=1), str(tmp_path / "prepared"))
 
 
 def test_a_packed_file_that_breaks_off_is_named_with_its_line(make_config, tmp_path):
@@ -343,7 +372,7 @@ def test_a_packed_file_that_breaks_off_is_named_with_its_line(make_config, tmp_p
     records = [query(number, [("10", 1)], text=f"{np.random.default_rng(number).bytes(40)}") for number in range(99)]
     write_lines(path, records)
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(DataError, match=r"cut\.jsonl\.gz line \d+: cannot be read on \(.*\); fetch or write the file"):
+    with pytest.raises(DataError, match=r"cut\.jsonl\.gz line \d+: cannot be read on \(.*\); if the file is damaged"):
         prepare(make_config(tasks=[{"name": "nq", "train": [str(path)]}]), str(tmp_path / "prepared"))
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs import cli
 from taskspec.arms import expand, read_arms
 from taskspec.config import Config, load_config, presets_folder
 
@@ -49,9 +50,24 @@ def test_kilt_has_the_eight_tasks_in_kilts_own_files(kilt: Config) -> None:
         "wow",
     }
     for task in kilt.tasks:
-        assert task.train == (f"data/kilt/{task.name}-train-kilt.jsonl",)
-        assert task.dev == (f"data/kilt/{task.name}-dev-kilt.jsonl",)
-    assert kilt.data.knowledge_source == ("data/kilt/kilt_knowledgesource.json",)
+        assert task.train == (f"{task.name}-train-kilt.jsonl",)
+        assert task.dev == (f"{task.name}-dev-kilt.jsonl",)
+    assert kilt.data.knowledge_source == ("kilt_knowledgesource.json",)
+    assert kilt.data.folder == "data/kilt"
+
+
+def test_relative_files_begin_in_the_folder_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def files(*words: str) -> tuple[str, str]:
+        parsed = cli.parser("").parse_args(["--config", "kilt", *words])
+        config = cli.configuration(parsed)
+        return config.data.knowledge_source[0], config.task("nq").dev[0]
+
+    assert files() == (f"{tmp_path}/data/kilt/kilt_knowledgesource.json", f"{tmp_path}/data/kilt/nq-dev-kilt.jsonl")
+    far = ("--set", "data.folder=s3://bucket/kilt")
+    assert files(*far) == ("s3://bucket/kilt/kilt_knowledgesource.json", "s3://bucket/kilt/nq-dev-kilt.jsonl")
+    assert files(*far, "--set", "tasks.nq.dev=[/there/nq.jsonl]")[1] == "/there/nq.jsonl"
 
 
 def test_kilt_has_the_published_lengths(kilt: Config) -> None:

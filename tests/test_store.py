@@ -4,7 +4,6 @@ import dataclasses
 import errno
 import gzip
 import hashlib
-import io
 import json
 import os
 import subprocess
@@ -88,7 +87,7 @@ def test_a_bucket_that_is_not_there_is_named(s3_bucket):
         store.write_bytes("s3://nowhere/a", b"")
 
 
-def test_what_breaks_while_an_s3_file_is_read_names_the_file():
+def test_what_breaks_again_and_again_while_an_s3_file_is_read_names_the_file(s3_bucket, monkeypatch):
     class Broken:
         def read(self, _):
             raise ConnectionResetError("reset by peer")
@@ -96,9 +95,16 @@ def test_what_breaks_while_an_s3_file_is_read_names_the_file():
         def close(self):
             pass
 
-    stream = io.BufferedReader(store._S3Stream("s3://b/a", Broken()))
-    with pytest.raises(StoreError, match=r"s3://b/a: cannot be read: reset by peer"):
-        stream.read(1)
+    asked = []
+
+    def get_object(**arguments):
+        asked.append(arguments.get("Range"))
+        return {"Body": Broken(), "ETag": "one"}
+
+    monkeypatch.setattr(store._s3(), "get_object", get_object)
+    with store.open_input("s3://b/a") as stream, pytest.raises(StoreError, match="s3://b/a: cannot be read: reset"):
+        stream.read(10)
+    assert asked == [None, *["bytes=0-"] * (store.READ_ATTEMPTS - 1)]
 
 
 @pytest.mark.parametrize("held", [None, b"held"])
@@ -235,10 +241,30 @@ def test_what_a_killed_process_left_goes_when_the_next_one_publishes(root, tmp_p
         assert working.exists(), "whoever prepares it lives"
 
 
+def test_an_artifact_whose_replacement_was_killed_half_way_comes_back(tmp_path):
+    uri = str(tmp_path / "x")
+    script = (
+        "import os, sys\nfrom taskspec import artifacts\n"
+        "os.rename, rename = (lambda a, b: os._exit(9) if str(b) == sys.argv[1] else rename(a, b)), os.rename\n"
+        "with artifacts.publishing(sys.argv[1], 'letters', inputs={}, config={}, facts={}): pass"
+    )
+    before = publish(uri, a="A").id
+    subprocess.run([sys.executable, "-c", script, uri], check=False)
+    assert not Path(uri).exists(), "killed between the two renames"
+    with (
+        pytest.raises(KeyError),
+        artifacts.publishing(uri, "letters", inputs={}, config={}, facts={}),
+    ):
+        raise KeyError
+    assert artifacts.open_artifact(uri, "letters", verify=True).id == before
+    publish(uri, b="B")
+    assert not list(tmp_path.glob("x?*"))
+
+
 def test_a_full_disk_is_an_error_of_the_uri(root):
     uri = store.join(root, "x")
     with (
-        pytest.raises(StoreError, match=r"/x: cannot be written: .*No space left"),
+        pytest.raises(StoreError, match=r"/x: cannot be written \(prepared in .*, scratch in .*\): .*No space left"),
         artifacts.publishing(uri, "letters", inputs={}, config={}, facts={}),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -292,6 +318,51 @@ def test_a_broken_upload_is_no_artifact_and_can_be_published_over(s3_bucket, mon
     with pytest.raises(ArtifactError, match=r"broken: holds no manifest\.json, so it is no complete letters"):
         artifacts.open_artifact(uri, "letters")
     assert list(publish(uri, b="B").manifest.files) == ["sub/b"]
+
+
+def test_of_two_writers_of_one_artifact_on_s3_the_first_gives_up(s3_bucket, monkeypatch):
+    uri = store.join(s3_bucket, "shared")
+    upload, second = store.upload, []
+
+    def slow(path, target):
+        upload(path, target)
+        if not second:
+            second.append(target)
+            publish(uri, b="B")  # begins, and ends, while the first is at its first file
+
+    monkeypatch.setattr(store, "upload", slow)
+    with pytest.raises(StoreError, match="shared: another process publishes there at the same time"):
+        publish(uri, a="A")
+    assert list(artifacts.open_artifact(uri, "letters", verify=True).manifest.files) == ["sub/b"]
+
+
+def test_a_stream_from_s3_that_breaks_off_is_read_on_from_there(s3_bucket):
+    uri, content = store.join(s3_bucket, "long"), os.urandom(3 << 20)
+    store.write_bytes(uri, content)
+
+    class Breaking:
+        def __init__(self, body):
+            self._body, self._left = body, 1_500_000
+
+        def read(self, size):
+            if not self._left:
+                raise ConnectionResetError("connection lost")
+            size = min(size, self._left)
+            self._left -= size
+            return self._body.read(size)
+
+        def close(self):
+            self._body.close()
+
+    with store.open_input(uri) as stream:
+        stream.raw._body = Breaking(stream.raw._body)
+        assert stream.read() == content
+    with store.open_input(uri) as stream:
+        stream.raw._body = Breaking(stream.raw._body)
+        stream.read(1000)
+        store.write_bytes(uri, content[::-1])
+        with pytest.raises(StoreError, match=r"long: cannot be read: .*Precondition"):
+            stream.read()
 
 
 def test_an_artifact_on_s3_is_fetched_once(s3_bucket):

@@ -180,8 +180,8 @@ def check(config: Config, tokenize: Tokenize | None = None) -> CheckReport:
             task: splits["dev"].leakage(splits["train"]) for task, splits in looked_at.items() if len(splits) == 2
         },
         over_limit={
-            uri: count.bad / count.records
-            for uri, count in summary.files.items()
+            count.file: count.bad / count.records
+            for count in summary.files
             if count.bad > config.data.max_bad_fraction * count.records
         },
     )

@@ -16,7 +16,7 @@ import heapq
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,13 +49,21 @@ class PrepareSummary:
     """Task → split → evidence sets of the well-formed records."""
     evidence_dropped: dict[str, dict[str, int]]
     """Task → split → those of them with a page that is not in the knowledge source; they are left out."""
-    files: dict[str, FileCount]
-    """URI → what became of its records."""
+    files: list[FileCount]
+    """A file that is used several times stands here as often."""
 
     def to_facts(self) -> dict[str, Any]:
         """As JSON, for the manifest: files by name alone, so that it does not depend on where they lie."""
-        files = [{"file": uri.rpartition("/")[2], **count._asdict()} for uri, count in self.files.items()]
+        files = [count._asdict() | {"file": count.file.rpartition("/")[2]} for count in self.files]
         return asdict(self) | {"files": files}
+
+    @staticmethod
+    def of(facts: Mapping[str, Any]) -> PrepareSummary | None:
+        """From a manifest; None if another version wrote it."""
+        try:
+            return PrepareSummary(**{**facts, "files": [FileCount(**count) for count in facts["files"]]})
+        except (KeyError, TypeError):
+            return None
 
     def to_text(self) -> str:
         """For the console: a line per task and, where records were bad, per kind of damage."""
@@ -64,10 +72,13 @@ class PrepareSummary:
             dropped = sum(self.evidence_dropped[task].values())
             counts = ", ".join(f"{count:,} {split}" for split, count in splits.items())
             lines.append(f"  {task}: {counts}" + (f"; {dropped:,} evidence sets without their page" if dropped else ""))
-        for uri, count in self.files.items():
+        for count in self.files:
+            of = f"of {count.records:,} records of {count.file}"
+            if count.without_provenance:
+                lines.append(f"  left out: {count.without_provenance:,} {of} have no provenance")
             if count.bad:
                 kinds = ", ".join(f"{number:,} {kind}" for kind, number in count.kinds.items())
-                lines.append(f"  quarantine: {count.bad:,} of {count.records:,} records of {uri}: {kinds}")
+                lines.append(f"  quarantine: {count.bad:,} {of}: {kinds}")
         return "\n".join(lines)
 
 
@@ -91,14 +102,14 @@ class Preparation:
         self._scratch = scratch
         stems: Counter[str] = Counter()
 
-        def new_quarantine(uri: str) -> Quarantine:
+        def new_quarantine(uri: str, use: str) -> Quarantine:
             stem = uri.rpartition("/")[2].removesuffix(".gz").removesuffix(".jsonl")
             stems[stem] += 1
             number = f"-{stems[stem]}" if stems[stem] > 1 else ""
-            return Quarantine(uri, quarantine / f"{stem}{number}.jsonl")
+            return Quarantine(uri, use, quarantine / f"{stem}{number}.jsonl")
 
-        self.task_quarantines = [new_quarantine(file.uri) for file in files.task_files]
-        self.source_quarantines = [new_quarantine(uri) for uri in files.knowledge_source]
+        self.task_quarantines = [new_quarantine(file.uri, f"{file.task}/{file.split}") for file in files.task_files]
+        self.source_quarantines = [new_quarantine(uri, "knowledge_source") for uri in files.knowledge_source]
         self._gold_ids: set[str] = set()
         self._queries: Counter[tuple[str, Split]] = Counter()
         self._evidence: Counter[tuple[str, Split]] = Counter()
@@ -117,32 +128,35 @@ class Preparation:
             task, split, _ = self._files.task_files[file]
             if seen_in != (task, split):
                 seen, seen_in = set(), (task, split)
-            good = []
-            for line, reason, query_id, record in _rows(table, "line", "reason", "query_id", "record"):
+            quarantine, good = self.task_quarantines[file], []
+            for line, reason, query_id, record, evidence in _rows(
+                table, "line", "reason", "query_id", "record", "evidence"
+            ):
                 if reason is None and query_id in seen:
                     reason = f"'id' is a duplicate ({query_id!r})"
-                good.append(reason is None)
+                good.append(reason is None and bool(evidence))
                 if reason is None:
                     seen.add(query_id)
+                    quarantine.without_provenance += not evidence
                 else:
-                    self.task_quarantines[file].add(line, reason, record)
-            self.task_quarantines[file].records += table.num_rows
+                    quarantine.add(line, reason, record)
+            quarantine.records += table.num_rows
             table = table.filter(pa.array(good, pa.bool_()))
             places = pc.list_flatten(pc.list_flatten(table["evidence"]))
             self._gold_ids.update(pc.unique(pc.struct_field(places, "wikipedia_id")).to_pylist())
             pq.write_table(table, self._scratch / f"{file:04d}-{chunk:08d}.parquet", compression="zstd")
 
     def choose_pages(self) -> None:
-        """Second pass: the pages to keep, where their number is limited: the gold ones and a seeded choice of others.
+        """Second pass: the pages to keep, where their number is limited: the gold ones and a fixed choice of others.
 
-        A page's chance depends on its id and the seed alone, so the choice is the same wherever the page stands.
+        A page's chance depends on its id alone, so the choice is the same wherever the page stands, and for every seed
+        of a run.
         """
         limit = self._config.data.other_pages
         if limit is None:
             return
-        seed = self._config.seed
         others = (
-            (hashlib.sha256(f"{seed}:{wikipedia_id}".encode()).digest(), wikipedia_id)
+            (hashlib.sha256(f"0:{wikipedia_id}".encode()).digest(), wikipedia_id)
             for table in self._good_pages(count=False)
             for wikipedia_id in table["wikipedia_id"].to_pylist()
             if wikipedia_id not in self._gold_ids
@@ -224,7 +238,7 @@ class Preparation:
             queries=self._by_task(self._queries),
             evidence=self._by_task(self._evidence),
             evidence_dropped=self._by_task(self._evidence_dropped),
-            files={quarantine.uri: quarantine.count for quarantine in quarantines},
+            files=[quarantine.count for quarantine in quarantines],
         )
 
     def _by_task(self, counts: Counter[tuple[str, Split]]) -> dict[str, dict[str, int]]:

@@ -27,11 +27,16 @@ ROWS_PER_FILE = 100_000
 def prepare(config: Config, uri: str) -> PrepareSummary:
     """Reads everything that the configuration names and publishes prepared data at `uri`. Ray must be connected.
 
+    Prepared data of the same files, cut the same way, that stands there is left as it is.
     Raises: ConfigError, StoreError, PlacementError, and DataError if a file has too many bad records: these can then be
         read in `<uri>-quarantine`, and nothing is published.
     """
     files = InputFiles.find(config)
     inputs = files.fingerprints()
+    keys = {"data.passage_words": config.data.passage_words, "data.other_pages": config.data.other_pages}
+    stands = artifacts.standing(uri, KIND, inputs=inputs, config=keys)
+    if stands is not None and (known := PrepareSummary.of(stands.facts)) is not None:
+        return known
     require_cluster(config)
     facts: dict[str, Any] = {}
     limit, left_behind = config.data.max_bad_fraction, f"{uri.rstrip('/')}-quarantine"
@@ -60,15 +65,11 @@ def prepare(config: Config, uri: str) -> PrepareSummary:
         for task, split in files.splits:
             if not summary.queries[task][split]:
                 raise DataError(
-                    f"tasks.{task}.{split}: all its records are bad; lower data.max_bad_fraction to see why"
+                    f"tasks.{task}.{split}: none of its records is good and has provenance; lower "
+                    f"data.max_bad_fraction to see why, or leave the split out"
                 )
         facts |= summary.to_facts()
     return summary
-
-
-def prepare_inputs(config: Config) -> dict[str, str]:
-    """The inputs that prepared data of this configuration has in its manifest, to see whether it stands already."""
-    return InputFiles.find(config).fingerprints()
 
 
 def require_cluster(config: Config) -> None:

@@ -23,7 +23,13 @@ LEFT_BEHIND = 1000
 class FileCount(NamedTuple):
     """What became of one file's records."""
 
+    file: str
+    """URI."""
+    use: str
+    """`knowledge_source`, or task and split."""
     records: int
+    without_provenance: int
+    """Well-formed, but nothing can be learned from them: left out."""
     bad: int
     kinds: dict[str, int]
     """Kind of damage → records, most frequent first."""
@@ -35,12 +41,14 @@ class Quarantine:
     A reason's kind is what stands before its first parenthesis.
     """
 
-    def __init__(self, uri: str, path: Path) -> None:
-        """Args: uri: the file that the records are from. path: a new file, written from the first bad record on."""
+    def __init__(self, uri: str, use: str, path: Path) -> None:
+        """Args: uri: the file that the records are from. use: as `FileCount.use`. path: a new file, written from the
+        first bad record on."""
         self.uri = uri
+        self.use = use
         self.path = path
-        self.records = 0
-        """Records of the file, good and bad; counted by whoever reads it."""
+        self.records = self.without_provenance = 0
+        """Records of the file, good and bad, and those that are neither; counted by whoever reads it."""
         self._kinds: Counter[str] = Counter()
         self._first: list[str] = []
 
@@ -56,7 +64,14 @@ class Quarantine:
 
     @property
     def count(self) -> FileCount:
-        return FileCount(self.records, self._kinds.total(), dict(self._kinds.most_common()))
+        return FileCount(
+            self.uri,
+            self.use,
+            self.records,
+            self.without_provenance,
+            self._kinds.total(),
+            dict(self._kinds.most_common()),
+        )
 
     def require_within(self, limit: float, left_behind: str) -> None:
         """Ends the job if the file has no record, or too large a share of bad ones.
@@ -64,7 +79,7 @@ class Quarantine:
         Args: limit: largest share. left_behind: URI of a folder for the bad records, should there be too many.
         Raises: DataError with count, share, limit, the first reasons, and where the bad records are.
         """
-        records, bad, _ = self.count
+        records, bad = self.records, self._kinds.total()
         if not records:
             raise DataError(f"{self.uri}: holds no record; name another file or leave it out")
         if bad <= limit * records:

@@ -147,7 +147,7 @@ def _read(files: Sequence[str], parse: Callable[[bytes], dict[str, Any]], schema
         if first["reason"] is not None and first["record"] is None:
             raise DataError(
                 f"{files[first['file']]} line {first['line']}: cannot be read on ({first['reason']}); "
-                f"fetch or write the file again"
+                f"if the file is damaged, fetch or write it again"
             )
         assert (first["file"], first["line"]) > last, "Ray Data preserves the order"
         last = (first["file"], first["line"])

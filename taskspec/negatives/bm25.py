@@ -97,12 +97,15 @@ class TaskCounts:
 def mine_bm25(prepared: PreparedData, config: Config, uri: str) -> dict[str, TaskCounts]:
     """Publishes the negatives of every task's train queries: their best BM25 hits that are of none of their gold pages.
 
+    Negatives of the same prepared data and settings that stand there are left as they are.
     Returns: the counts of each task, which also stand in the manifest's facts. Raises: StoreError.
     """
+    inputs, keys = {"prepared": prepared.id}, {"negatives": config.negatives.model_dump(mode="json")}
+    if (stands := artifacts.standing(uri, KIND, inputs=inputs, config=keys)) is not None:
+        return {task: TaskCounts(**count) for task, count in stands.facts["tasks"].items()}
     searcher = BM25.build(prepared)
     counts: dict[str, TaskCounts] = {}
     facts: dict[str, Any] = {"rule": RULE, "depth": config.negatives.depth, "k1": K1, "b": B}
-    inputs = {"prepared": prepared.id}
     with artifacts.publishing(uri, KIND, inputs=inputs, config=config.model_dump(mode="json"), facts=facts) as folder:
         for task in prepared.tasks("train"):
             counts[task] = _mine_task(searcher, prepared, task, config, folder / f"{task}.parquet")
