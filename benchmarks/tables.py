@@ -43,6 +43,11 @@ def main() -> None:
         if (arguments.rows is None or trial.row in [*arguments.rows, arguments.baseline])
         and (arguments.seeds is None or trial.seed is None or trial.seed in arguments.seeds)
     ]
+    once: set[tuple[str, str, int | None]] = set()
+    for trial in chosen:
+        if (key := (trial.row, trial.candidate, trial.seed)) in once:
+            parser.error(f"{arguments.folder}: two trials of row {trial.row!r} and seed {trial.seed}; name --rows")
+        once.add(key)
     if arguments.keep:
         keep(chosen, arguments.keep, arguments.code)
     # Strengths by their numbers, not as text.
@@ -57,19 +62,17 @@ def main() -> None:
     for arm in dict.fromkeys(trial.arm for trial in chosen):
         if found := comparison.recommend(arm, STRENGTH):
             ship = arguments.baseline if found.value is None else f"strength {found.value:g}"
-            print(f"\n{arm}: recommended: {ship}: {found.reason}" + ("; an end of the range" if found.end else ""))
+            end = "" if found.end is None else f"; {found.end:g} lies at an end of the range"
+            print(f"\n{arm}: recommended: {ship}: {found.reason}{end}")
 
 
 def keep(trials: list[Trial], folder: Path, code: str) -> None:
     """Writes them without the URIs of checkpoints, which only the machine that made them has."""
     folder.mkdir(parents=True, exist_ok=True)
-    written: dict[str, str] = {}
     for trial in trials:
         parts = [trial.row, trial.candidate, "" if trial.seed is None else f"seed-{trial.seed}"]
         name = re.sub(r"[^\w.=-]+", "-", "-".join(filter(None, parts)))
         content = json.dumps(replace(trial, checkpoint=None, code=trial.code or code).to_json(), separators=(",", ":"))
-        if written.setdefault(name, content) != content:
-            raise SystemExit(f"{folder / name}.json: two trials of one row and seed; name the rows that are meant")
         (folder / f"{name}.json").write_text(content + "\n")
 
 

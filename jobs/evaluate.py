@@ -141,9 +141,9 @@ def sources(arguments: argparse.Namespace, config: Config) -> list[Source]:
         raise ConfigError("nothing to evaluate: give --checkpoint, or --systems, or leave out --no-bm25")
     for number, source in enumerate(result):
         others = [other for other in result[:number] if other.system == source.system]
-        if source.system == BM25 or any(
-            None in (source.task, other.task) or source.task == other.task for other in others
-        ):
+        if source.system == BM25:
+            raise ConfigError(f"system {BM25!r} is the lexical baseline; give this one another name")
+        if any(None in (source.task, other.task) or source.task == other.task for other in others):
             raise ConfigError(
                 f"system {source.system!r} is there twice for the same task; give one of them another name"
             )

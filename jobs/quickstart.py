@@ -20,7 +20,7 @@ import yaml
 
 from jobs import cli
 from taskspec.config import Config, with_values
-from taskspec.errors import TaskspecError
+from taskspec.errors import ConfigError, TaskspecError
 
 if TYPE_CHECKING:
     from taskspec.retrieve.client import Answer
@@ -54,7 +54,12 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
     def stage(text: str) -> None:
         print(f"\n[{time.monotonic() - started:3.0f} s] {text}", flush=True)
 
-    world = Path(config.data.knowledge_source[0]).parent
+    world = Path(*config.data.knowledge_source[:1]).parent
+    if not config.data.knowledge_source or not world.is_relative_to(config.artifacts):
+        raise ConfigError(
+            f"{arguments.config}: a generated world is written beside data.knowledge_source, and {world} is not below "
+            f"artifacts, {config.artifacts}, so what lies there may be somebody's data; name a place below artifacts"
+        )
     stage(f"a world of {arguments.pages:,} pages and {len(config.tasks)} tasks in {world}")
 
     from jobs.pipeline import open_systems, run_pipeline

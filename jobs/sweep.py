@@ -81,7 +81,7 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
         found = comparison.recommend(name, STRENGTH)
         if found:
             ship = arms.baseline if found.value is None else f"strength {found.value:g}"
-            warning = "; it lies at an end of the range: try more" if found.end else ""
+            warning = "" if found.end is None else f"; {found.end:g} lies at an end of the range: try more"
             print(f"{name}: recommended: {ship}: {found.reason}{warning}", flush=True)
             recommended[name] = found.value
         elif comparison.curve_to_ship(name, STRENGTH):
@@ -133,7 +133,7 @@ def sweep(config: Config, arms: Arms, candidates: Sequence[Candidate]) -> tuple[
 
     wants_negatives = [c.config for c in candidates if c.config.contrastive.negatives]
     inputs = make_inputs(wants_negatives[0] if wants_negatives else config)
-    require_dev_queries(candidates, PreparedData.open(inputs.prepared).tasks("dev"))
+    require_dev_queries(candidates, arms.baseline, PreparedData.open(inputs.prepared).tasks("dev"))
     plan = planned_trials(config, candidates, inputs)
     folder = store.join(config.artifacts, "sweep", "trials")
     missing = {trial.key: trial for trial in plan if not store.exists(_file(folder, trial.key))}
@@ -141,41 +141,67 @@ def sweep(config: Config, arms: Arms, candidates: Sequence[Candidate]) -> tuple[
     print(f"sweep: {total} trials in {folder}, {total - len(missing)} stand already", flush=True)
     reasons = _run_trials(config, list(missing.values()), inputs, folder) if missing else {}
     failed = {_label(trial): reasons[trial.key] for trial in plan if trial.key in reasons}
-    standing = comparable(plan, reasons)
-    if not any(trial.candidate.row == arms.baseline for trial in standing):
+    standing, left_out = comparable(plan, reasons, arms.baseline)
+    failed |= dict.fromkeys(left_out, "what did not fail of it has no seed in common, or none with the baseline")
+    if not standing:
         raise TrainingError(_failures(failed))
     return Comparison.of([_named(_read(folder, trial.key), trial) for trial in standing], arms.baseline), failed
 
 
-def require_dev_queries(candidates: Sequence[Candidate], dev_tasks: Sequence[str]) -> None:
-    """Raises: ConfigError naming the arm and the tasks, if it cannot be measured by the tasks that have dev queries."""
+def require_dev_queries(candidates: Sequence[Candidate], baseline: str, dev_tasks: Sequence[str]) -> None:
+    """Args: baseline: the row of the candidates that the others are compared with.
+
+    Raises: ConfigError naming the arm and the tasks, if it cannot be measured by the tasks that have dev queries, or
+        compared with the baseline.
+    """
+
+    def measured(candidate: Candidate) -> list[str]:
+        trained = [task.name for task in candidate.config.trained_tasks]
+        return [task for task in dev_tasks if candidate.plan.lexical or task in trained]
+
+    of_baseline = next(measured(candidate) for candidate in candidates if candidate.row == baseline)
     for candidate in candidates:
-        measured = {task.name for task in candidate.config.trained_tasks}
-        without = [task for task in candidate.plan.held_out if task not in dev_tasks]
-        if not measured & set(dev_tasks):
-            without = sorted(measured)
+        trained = [task.name for task in candidate.config.trained_tasks]
+        needed = [*candidate.plan.held_out, *(trained if candidate.plan.analyze else ())]
+        without = [task for task in needed if task not in dev_tasks]
+        if not measured(candidate):
+            without = sorted(trained)
         if without:
             raise ConfigError(
                 f"arm {candidate.row}: no dev queries of {', '.join(without)} to measure it with; name files under "
                 f"tasks.<name>.dev"
             )
+        if not set(measured(candidate)) & set(of_baseline):
+            raise ConfigError(
+                f"arm {candidate.row}: is measured on {', '.join(measured(candidate))}, the baseline {baseline} on "
+                f"{', '.join(of_baseline) or 'nothing'}; compare rows with a task in common"
+            )
 
 
-def comparable(plan: Sequence[Planned], failed: Collection[str]) -> list[Planned]:
+def comparable(plan: Sequence[Planned], failed: Collection[str], baseline: str) -> tuple[list[Planned], list[str]]:
     """The trials that stand, without those of a candidate that failed with some seed where its row has others that did
-    not: what fails now and then is not chosen.
+    not: what fails now and then is not chosen. And the rows of which some stand that cannot be compared.
 
-    Args: failed: keys.
+    Args: failed: keys. baseline: a row.    Returns: no trials if the baseline has none.
     """
     candidates = {(trial.candidate.row, trial.candidate.label) for trial in plan}
     broken = {(trial.candidate.row, trial.candidate.label) for trial in plan if trial.key in failed}
     whole_rows = {row for row, _ in candidates - broken}
-    return [
+    standing = [
         trial
         for trial in plan
         if trial.key not in failed
         and not (trial.candidate.row in whole_rows and (trial.candidate.row, trial.candidate.label) in broken)
     ]
+    by_row: dict[str, dict[str, set[int | None]]] = {}
+    for trial in standing:
+        by_row.setdefault(trial.candidate.row, {}).setdefault(trial.candidate.label, set()).add(trial.seed)
+    seeds = {row: set[int | None].intersection(*of_labels.values()) for row, of_labels in by_row.items()}
+    theirs = seeds.get(baseline, set())
+    alone = [row for row, own in seeds.items() if not own or not (None in own | theirs or own & theirs)]
+    if not theirs:
+        return [], alone
+    return [trial for trial in standing if trial.candidate.row not in alone], alone
 
 
 def _failures(failed: Mapping[str, str]) -> str:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import taskspec
 from jobs.pipeline import Inputs, train_run
 from taskspec import artifacts, store
 from taskspec.arms import Candidate
@@ -34,14 +31,15 @@ COURSE = ("entropy", "saturation", "gradient_ratio", "clip_rate")
 def trial_key(candidate: Candidate, seed: int | None, inputs: Inputs) -> str:
     """sha256, 16 hex characters, of the configuration and inputs that decide a trial's numbers.
 
-    Not of the code, which a trial names (`Trial.code`), nor of workers and threads, which decide only the rounding.
+    Not of the code, which a trial names (`Trial.code`), nor of threads, which decide only the rounding; of workers only
+    where dropout draws their masks one by one.
     """
-    plan = candidate.plan
+    plan, config = candidate.plan, candidate.config
     runs = {} if seed is None else {task: run_identity(one) for task, one in candidate.runs(seed).items()}
-    config = candidate.config
     exact = config.index.kind == "flat"
     measured = [
         plan.lexical,
+        config.train.workers if config.model.dropout else None,
         plan.held_out,
         plan.analyze and [field.name for field in fields(Ablation)],  # another shape: to be made again
         config.index.model_dump(mode="json", include={"precision", "kind"} | (set() if exact else APPROXIMATION)),
@@ -85,7 +83,7 @@ def combined(trials: Sequence[Trial]) -> Trial:
         cost=Cost(**{field.name: sum(getattr(cost, field.name) for cost in costs) for field in fields(Cost)}),
         course={},
         checkpoint=None,
-        code=", ".join(dict.fromkeys(trial.code for trial in trials)),
+        code=artifacts.joined_code(*(trial.code for trial in trials)),
     )
 
 
@@ -101,16 +99,8 @@ def _lexical_trial(candidate: Candidate, prepared: PreparedData) -> Trial:
         candidate=candidate.label,
         seed=None,
         scores={row.task: row.per_query_rprec for row in rows},
-        code=code_id(),
+        code=artifacts.code_id(),
     )
-
-
-@cache
-def code_id() -> str:
-    """The library's version and 8 hex characters of its source's sha256."""
-    root = Path(taskspec.__file__).parent
-    source = {str(path.relative_to(root)): store.file_sha256(path) for path in sorted(root.rglob("*.py"))}
-    return f"{taskspec.__version__}+{canonical_sha256(source)[:8]}"
 
 
 def _dense_trial(candidate: Candidate, seed: int, config: Config, inputs: Inputs, prepared: PreparedData) -> Trial:
@@ -150,7 +140,7 @@ def _dense_trial(candidate: Candidate, seed: int, config: Config, inputs: Inputs
         ownership=ownership,
         ablations=ablations,
         checkpoint=run.best_uri,
-        code=code_id(),
+        code=artifacts.joined_code(artifacts.read_manifest(run.best_uri, "checkpoint").code, artifacts.code_id()),
     )
     if not config.sweep.keep_indexes:
         artifacts.remove(index)

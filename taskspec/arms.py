@@ -148,7 +148,14 @@ def expand(arms: Arms, config: Config, where: str) -> list[Candidate]:
                             f"{where}: arm {row}: held_out names every task, so none is trained; leave one out of it"
                         )
                     changed = with_values(changed, {"train.tasks": trained}, f"{where}: arm {row}")
-                result.append(Candidate(name, row, values, label, arm, changed))
+                if arm.analyze and len(changed.trained_tasks) < 2:
+                    raise ConfigError(f"{where}: arm {row}: analyze compares tasks, and this arm trains one of them")
+                candidate = Candidate(name, row, values, label, arm, changed)
+                try:
+                    candidate.runs(seed=0)
+                except ConfigError as error:
+                    raise ConfigError(f"{where}: arm {row}: {error}") from error
+                result.append(candidate)
     # In the tables a row is its name, and of two equal trials the last would count.
     named: dict[tuple[str, str], Candidate] = {}
     for candidate in result:

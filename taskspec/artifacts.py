@@ -18,9 +18,11 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import taskspec
 from taskspec import node_cache, store
 from taskspec.config import canonical_sha256
 from taskspec.errors import ArtifactError, StoreError
@@ -52,6 +54,8 @@ class Manifest:
     """Relative path → sha256."""
     facts: Mapping[str, Any]
     """What the kind adds: counts, contract, measured figures."""
+    code: str = ""
+    """Which states of the library made it, as `code_id` names them, in their order; "" where that is not known."""
 
     @property
     def id(self) -> str:
@@ -80,10 +84,12 @@ def publishing(
     inputs: Mapping[str, str],
     config: Mapping[str, Any],
     facts: dict[str, Any],
+    begun_by: str = "",
 ) -> Iterator[Path]:
     """Gives a local folder to write into; on leaving without an error the folder becomes the artifact at `uri`.
 
-    `facts` is read on leaving, so the writer may fill it. An error inside leaves nothing behind, and what a killed
+    `facts` is read on leaving, so the writer may fill it. `begun_by` is the `Manifest.code` of what it goes on from. An
+    error inside leaves nothing behind, and what a killed
     process left goes when the next one publishes there. An artifact that stood at `uri` before is replaced: on a file
     system once the new one is complete, on S3 it goes when uploading begins.
     Raises: StoreError when the disk is full, when something that is no artifact stands at `uri`, or when another
@@ -120,6 +126,7 @@ def publishing(
                 config=dict(config),
                 files={name: store.file_sha256(work / name) for name in names},
                 facts=facts,
+                code=joined_code(begun_by, code_id()),
             )
             text = json.dumps(vars(manifest), indent=1, ensure_ascii=False)
             (work / MANIFEST).write_text(text, encoding="utf-8")
@@ -135,6 +142,19 @@ def publishing(
     finally:
         shutil.rmtree(work, ignore_errors=True)
         os.close(lock)
+
+
+@cache
+def code_id() -> str:
+    """The library's version and 8 hex characters of its source's sha256."""
+    root = Path(taskspec.__file__).parent
+    source = {str(path.relative_to(root)): store.file_sha256(path) for path in sorted(root.rglob("*.py"))}
+    return f"{taskspec.__version__}+{canonical_sha256(source)[:8]}"
+
+
+def joined_code(*codes: str) -> str:
+    """One `Manifest.code` of several, each state once."""
+    return ", ".join(dict.fromkeys(state for code in codes for state in code.split(", ") if state))
 
 
 def _remove_abandoned(parent: Path) -> None:

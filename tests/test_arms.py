@@ -97,6 +97,14 @@ def test_the_presets_expand_for_the_quickstart(config):
             "{baseline: a, arms: {a: {set: {train.tasks: [nq]}, held_out: [nq]}}}",
             "arm a: held_out names every task, so none is trained; leave one out of it",
         ),
+        (
+            "{baseline: a, arms: {a: {set: {train.tasks: [nq]}, analyze: true}}}",
+            "arms.yaml: arm a: analyze compares tasks, and this arm trains one of them",
+        ),
+        (
+            "{baseline: a, arms: {a: {set: {train.distribution: task_parallel, train.workers: 2}, per_task: share}}}",
+            r"arms.yaml: arm a: .*1 tasks for 2 workers",
+        ),
         ("[", "is not YAML"),
         ("{baseline: a, arms: {a: {}, a: {lexical: true}}}", "key 'a' is there twice; leave one"),
         (

@@ -308,7 +308,7 @@ def test_the_best_of_the_strengths_that_are_shown_to_be_higher_is_recommended():
     # 2 has the highest average of all, but with one of its two seeds it is no better than the baseline.
     found = against_mean({0.5: [0.4, 0.4], 1: [0.5, 0.5], 2: [0.9, 0.3], 4: [0.3, 0.3]}).recommend("taco", STRENGTH)
     assert found is not None
-    assert (found.value, found.end) == (1, False)
+    assert (found.value, found.end) == (1, None)
     assert found.reason == (
         "1 has the highest average, 50.0 on 2 seeds, of those shown to be higher than mean "
         "(+20.0, over queries +20.0 to +20.0, over seeds +20.0 to +20.0); not told apart from it: 2"
@@ -318,7 +318,7 @@ def test_the_best_of_the_strengths_that_are_shown_to_be_higher_is_recommended():
 def test_the_baseline_is_recommended_where_no_strength_is_shown_to_be_higher():
     found = against_mean({0.5: [0.2, 0.2], 1: [0.3, 0.5], 2: [0.2, 0.1]}).recommend("taco", STRENGTH)
     assert found is not None
-    assert (found.value, found.end) == (None, False)
+    assert (found.value, found.end) == (None, None)
     # t for 1 degree of freedom is 12.706, the error (0.2/√2)/√2.
     assert found.reason == (
         "none is shown to be higher than mean; 1 has the highest average: "
@@ -354,17 +354,18 @@ def test_one_seed_recommends_nothing_because_it_shows_nothing():
 @pytest.mark.parametrize(
     ("averages", "end"),
     [
-        pytest.param({0: [0.4, 0.4], 1: [0.6, 0.6], 2: [0.5, 0.5]}, False, id="inside"),
-        pytest.param({0: [0.4, 0.4], 1: [0.5, 0.5], 2: [0.6, 0.6]}, True, id="the largest"),
-        pytest.param({0.5: [0.6, 0.6], 1: [0.5, 0.5]}, True, id="the smallest, and smaller ones exist"),
-        pytest.param({0: [0.6, 0.6], 1: [0.5, 0.5]}, False, id="0: nothing lies below"),
-        pytest.param({0.5: [0.1, 0.1], 1: [0.2, 0.2]}, False, id="the baseline"),
+        pytest.param({0: [0.4, 0.4], 1: [0.6, 0.6], 2: [0.5, 0.5]}, None, id="inside"),
+        pytest.param({0: [0.4, 0.4], 1: [0.5, 0.5], 2: [0.6, 0.6]}, 2, id="the largest"),
+        pytest.param({0.5: [0.6, 0.6], 1: [0.5, 0.5]}, 0.5, id="the smallest, and smaller ones exist"),
+        pytest.param({0: [0.6, 0.6], 1: [0.5, 0.5]}, None, id="0: nothing lies below"),
+        pytest.param({0.5: [0.1, 0.1], 1: [0.2, 0.2]}, None, id="below the baseline"),
+        pytest.param({0.5: [0.2, 0.2], 1: [0.3, 0.5]}, 1, id="above the baseline, and not shown to be"),
     ],
 )
 def test_a_strength_at_an_end_of_the_range_is_told(averages, end):
     found = against_mean(averages).recommend("taco", STRENGTH)
     assert found is not None
-    assert found.end is end
+    assert found.end == end
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

@@ -279,8 +279,8 @@ def test_each_recommendation_has_its_reason_and_only_those_at_an_end_warn(page: 
     for arm, card in cards.items():
         found = comparison.recommend(arm, STRENGTH)
         assert card.startswith(f"{arm}: {found.value:g}{found.reason}.")
-        assert (f"⚠ {found.value:g} lies at an end of the range" in card) == found.end
-    assert [comparison.recommend(arm, STRENGTH).end for arm in cards] == [False, True]
+        assert (f"⚠ {found.value:g} lies at an end of the range" in card) == (found.end == found.value)
+    assert [comparison.recommend(arm, STRENGTH).end is None for arm in cards] == [True, False]
 
 
 def test_what_an_arm_sets_stands_above_its_rows(page: Page, folder: Path) -> None:

@@ -484,7 +484,7 @@ def test_the_job_ends_with_one_line_and_status_2(gold, capsys):
         (["--config", "CONFIG", "--systems", "a:=c,i"], "--systems a:=c,i: must look like"),
         (["--config", "CONFIG", "--systems", "a=c,i", "a=d,j"], "system 'a' is there twice for the same task"),
         (["--config", "CONFIG", "--systems", "a=c,i", "a:nq=d,j"], "system 'a' is there twice"),
-        (["--config", "CONFIG", "--systems", "bm25=c,i"], "system 'bm25' is there twice"),
+        (["--config", "CONFIG", "--systems", "bm25=c,i"], "system 'bm25' is the lexical baseline; give this one"),
         (
             ["--config", "CONFIG", "--checkpoint", "c", "--index", "i", "--systems", "five-words=d,j"],
             "system 'five-words' is there twice",

@@ -7,7 +7,7 @@ import time
 import pytest
 import yaml
 
-from jobs import cli, train, trial
+from jobs import cli, quickstart, train, trial
 from jobs.pipeline import Inputs
 from jobs.sweep import Planned, comparable, require_dev_queries, waves
 from jobs.trial import combined
@@ -116,6 +116,18 @@ def test_a_trial_of_one_retriever_per_task_has_all_scores_and_the_sum_of_the_cos
     assert both.course == {}
 
 
+def test_the_quickstart_writes_its_world_over_nobody_s_data(tmp_path):
+    for name in ("knowledge_source.jsonl", "nq-train-kilt.jsonl"):
+        (tmp_path / name).write_text("mine")
+    config = tmp_path / "mine.yaml"
+    files = f"data: {{folder: {tmp_path}, knowledge_source: [knowledge_source.jsonl]}}"
+    task = "tasks: [{name: nq, train: [nq-train-kilt.jsonl]}]"
+    config.write_text(f"name: mine\nartifacts: {tmp_path}/artifacts\n{files}\n{task}\n")
+    with pytest.raises(ConfigError, match=rf"mine\.yaml: a generated world .* {tmp_path} is not below artifacts"):
+        quickstart.run(["--config", str(config)])
+    assert (tmp_path / "nq-train-kilt.jsonl").read_text() == "mine"
+
+
 def test_trials_that_need_the_same_run_are_not_made_at_the_same_time(tmp_path):
     """Those of `owned` differ from those of `mean` in what is measured only."""
     config = load_config("quickstart")
@@ -136,11 +148,17 @@ def test_a_candidate_that_failed_with_a_seed_is_not_chosen_from(tmp_path):
     (tmp_path / "arms.yaml").write_text(tree)
     candidates = expand(read_arms(str(tmp_path / "arms.yaml")), load_config("quickstart"), "arms.yaml")
     plan = [Planned(f"{one.row}{one.label}-{seed}", one, seed) for one in candidates for seed in (0, 1)]
-    assert [trial.key for trial in comparable(plan, ["asteps=2-1", "b-0", "c-0", "c-1"])] == [
-        "asteps=1-0", "asteps=1-1", "b-1",
-    ]  # fmt: skip
-    both = comparable(plan, ["asteps=1-0", "asteps=2-0"])
-    assert [trial.key for trial in both][:2] == ["asteps=1-1", "asteps=2-1"]
+
+    def left(*failed):
+        standing, alone = comparable(plan, failed, "a")
+        return [trial.key for trial in standing], alone
+
+    assert left("asteps=2-1", "b-0", "c-0", "c-1") == (["asteps=1-0", "asteps=1-1", "b-1"], [])
+    assert left("asteps=1-0", "asteps=2-0")[0][:2] == ["asteps=1-1", "asteps=2-1"]
+    # What is left of a row, or of it and the baseline, may have no seed in common.
+    assert left("asteps=1-0", "asteps=2-0", "b-1")[1] == ["b"]
+    assert left("asteps=1-0", "asteps=2-1")[0] == []
+    assert left("asteps=1-0", "asteps=1-1", "asteps=2-0", "asteps=2-1")[0] == []
 
 
 @pytest.mark.parametrize(
@@ -149,14 +167,23 @@ def test_a_candidate_that_failed_with_a_seed_is_not_chosen_from(tmp_path):
         ("{}", (), "aidayago2, fever, hotpotqa, nq, trex, triviaqa, wow, zsre"),
         ("{set: {train.tasks: [nq]}}", ("wow", "fever"), "nq"),
         ("{held_out: [nq, wow]}", ("wow", "fever"), "nq"),
+        ("{set: {train.tasks: [nq, wow]}, analyze: true}", ("wow", "fever"), "nq"),
     ],
 )
 def test_an_arm_that_nothing_could_measure_is_refused(tmp_path, arm, dev, missing):
     (tmp_path / "arms.yaml").write_text(f"{{baseline: a, arms: {{a: {arm}}}}}")
     candidates = expand(read_arms(str(tmp_path / "arms.yaml")), load_config("quickstart"), "arms.yaml")
     with pytest.raises(ConfigError, match=f"arm a: no dev queries of {missing} to measure it with; name files under"):
-        require_dev_queries(candidates, dev)
-    require_dev_queries(candidates, ("nq", "wow", "fever"))
+        require_dev_queries(candidates, "a", dev)
+    require_dev_queries(candidates, "a", ("nq", "wow", "fever"))
+
+
+def test_an_arm_without_a_task_of_the_baseline_is_refused(tmp_path):
+    tree = "{baseline: a, arms: {a: {set: {train.tasks: [nq]}}, bm25: {lexical: true}, b: {set: {train.tasks: [wow]}}}}"
+    (tmp_path / "arms.yaml").write_text(tree)
+    candidates = expand(read_arms(str(tmp_path / "arms.yaml")), load_config("quickstart"), "arms.yaml")
+    with pytest.raises(ConfigError, match="arm b: is measured on wow, the baseline a on nq; compare rows with a task"):
+        require_dev_queries(candidates, "a", ("nq", "wow"))
 
 
 def test_a_trial_is_another_one_if_what_decides_its_numbers_differs(tmp_path, monkeypatch):
@@ -169,6 +196,9 @@ def test_a_trial_is_another_one_if_what_decides_its_numbers_differs(tmp_path, mo
         return trial.trial_key(candidate, 0, Inputs("prepared", None))
 
     assert key() == key(index__actors=2) == key(index__shards=5) == key(index__recall=0.5) == key(train__log_every=3)
+    assert key(train__workers=1) == key(), "without dropout"
+    dropout = {"model__dropout": 0.1}
+    assert key(**dropout, train__workers=1) != key(**dropout), "whose masks are a worker's own"
     ivf = {"index__kind": "ivf"}
     assert key(**ivf) == key(**ivf, index__actors=2)
     different = [

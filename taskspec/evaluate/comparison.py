@@ -124,6 +124,10 @@ class Row:
         last = {(trial.candidate, trial.seed): trial for trial in self.trials}
         return [last[candidate, seed] for candidate in dict.fromkeys(self.chosen) for seed in self.seeds or (None,)]
 
+    def ablations(self, elements: str) -> dict[int | None, Ablation]:
+        """Seed → what was ablated of it; of two candidates that measured the row, with the last."""
+        return {trial.seed: trial.ablations[elements] for trial in self.used_trials() if elements in trial.ablations}
+
     def minus(self, other: Row, task: str | None = None) -> Difference:
         """This row minus another, on the seeds that both have, on one task or on all that both have.
 
@@ -170,8 +174,9 @@ class Recommendation:
     none is shown to be higher, and the baseline costs less."""
     reason: str
     """A sentence with the numbers."""
-    end: bool
-    """Whether `value` is the largest that was tried, or the smallest and above 0: beyond it, one may be better."""
+    end: float | None
+    """The value with the highest average of these, or else of all, if it is above the baseline's and the value is the
+    largest that was tried, or the smallest and above 0: beyond it, one may be better."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -227,10 +232,10 @@ class Comparison:
             seeds that both were ablated with.
         Returns: None if the row was not ablated, or with `to_baseline` no seed of both on the same tasks.
         """
-        mine = _ablated(self.row(name), elements)
+        mine = self.row(name).ablations(elements)
         if not to_baseline:
             return paired_difference(_falls(mine, "own"), _falls(mine, "own_random")) if mine else None
-        theirs = _ablated(self.baseline, elements)
+        theirs = self.baseline.ablations(elements)
         seeds = [seed for seed in mine if seed in theirs]
         beyond = []
         for found in (mine, theirs):
@@ -293,23 +298,19 @@ class Comparison:
         to_baseline = {value: row.minus(baseline) for value, row in rows.items()}
         higher = [value for value in average if to_baseline[value].verdict == "higher"]
         best = max(higher or average, key=average.__getitem__)
+        at_end = best == curve[-1][0] or best == curve[0][0] > 0
+        end = best if at_end and to_baseline[best].mean > 0 else None
         name = self.baseline.name
         change = difference_text(to_baseline[best])
         if not higher:
             reason = f"none is shown to be higher than {name}; {best:g} has the highest average: {change}"
-            return Recommendation(value=None, reason=reason, end=False)
+            return Recommendation(value=None, reason=reason, end=end)
         like = [f"{v:g}" for v in average if v != best and rows[v].minus(rows[best]).verdict == "no difference shown"]
         reason = (
             f"{best:g} has the highest average, {percent(average[best])} on {len(seeds)} seeds, of those shown to be "
             f"higher than {name} ({change})" + (f"; not told apart from it: {', '.join(like)}" if like else "")
         )
-        smallest, largest = curve[0][0], curve[-1][0]
-        return Recommendation(value=best, reason=reason, end=best == largest or best == smallest > 0)
-
-
-def _ablated(row: Row, elements: str) -> dict[int | None, Ablation]:
-    """Seed → ablation of a row's trials; of two candidates that measured the row, that of the last."""
-    return {trial.seed: trial.ablations[elements] for trial in row.used_trials() if elements in trial.ablations}
+        return Recommendation(value=best, reason=reason, end=end)
 
 
 def _falls(found: Mapping[int | None, Ablation], kind: Literal["own", "own_random"]) -> dict[str, Floats]:

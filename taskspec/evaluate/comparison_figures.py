@@ -106,6 +106,8 @@ def strength_curves(folder: Path, comparison: Comparison, advice: Mapping[str, R
         if not curve:
             continue
         seeds = shared_seeds([comparison.baseline, *(row for _, row in curve)])
+        if not seeds:  # some trials failed
+            continue
         curve = tuple((value, row.on(seeds)) for value, row in curve)
         tasks = comparison.compared_tasks(curve[0][1].name)
         level = mean_of(comparison.baseline.on(seeds).task_average(task) for task in tasks)

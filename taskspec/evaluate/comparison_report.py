@@ -113,8 +113,8 @@ def _change_cell(found: Difference | None) -> Cell:
 def _advice(arm: str, found: Recommendation) -> str:
     ship = "the baseline" if found.value is None else f"{found.value:g}"
     text = page.note(f"{arm}: {ship}", "lead") + page.note(f"{found.reason}.", "sentence")
-    if found.end:
-        warning = f"⚠ {ship} lies at an end of the range: beyond it a value may do better. Try more."
+    if found.end is not None:
+        warning = f"⚠ {found.end:g} lies at an end of the range: beyond it a value may do better. Try more."
         text += page.note(warning, "warning")
     return f"<article>{text}</article>"
 
@@ -174,9 +174,8 @@ def _ablation(folder: Path, comparison: Comparison) -> str:
     """`ablation`: how much more a task falls by what it owns than by random elements; the falls, map by map."""
     lines, records, ablated = [], [], {}
     for row in comparison.rows:
-        trials = row.used_trials()
-        for elements in trials[0].ablations:
-            found = {trial.seed: trial.ablations[elements] for trial in trials}
+        for elements in row.used_trials()[0].ablations:
+            found = row.ablations(elements)
             mean = ablated[row.name, elements] = mean_falls(list(found.values()))
             tasks = len(mean.owned)
             beyond = comparison.own_minus_random(row.name, elements)
@@ -277,7 +276,10 @@ TRANSFER_NOTE = (
     "a row is, of those kept from the same tasks, the baseline, or else the one with the lowest strength. Below each "
     "difference its intervals, over queries · over seeds; ▲ or ▼ where it is shown. Dotted: without prompt."
 )
-COST_NOTE = "R-precision in percent. All retrievers of a row together, means over seeds. MB are millions of bytes."
+COST_NOTE = (
+    "R-precision in percent. All retrievers of a row together, means over seeds. MB are millions of bytes. Hours are "
+    "those on the clock, whatever else the machines did."
+)
 ABLATION_NOTE = (
     "Fall of R-precision, in points, over tasks: by zeroing the elements that the task owns most (own), that other "
     "tasks own most (others), and as many random elements of each tensor (random). Below a difference its intervals, "

@@ -96,9 +96,8 @@ def ablation_text(comparison: Comparison) -> str | None:
     """
     lines = [["fall, points", "own", "others", "random", "own − random", "over queries", "over seeds", *COUNTS]]
     for row in comparison.rows:
-        trials = row.used_trials()
-        for elements in trials[0].ablations:
-            mean = mean_falls([trial.ablations[elements] for trial in trials])
+        for elements in row.used_trials()[0].ablations:
+            mean = mean_falls(list(row.ablations(elements).values()))
             cells = [f"{100 * fall:.1f}" for fall in mean.means()]
             beyond = comparison.own_minus_random(row.name, elements)
             assert beyond is not None  # the row was ablated
@@ -107,6 +106,12 @@ def ablation_text(comparison: Comparison) -> str | None:
                 f"{len(tasks)} of {len(mean.owned)}" for tasks in (mean.largest(), mean.beyond_random(), mean.both())
             ]
             lines.append([f"{row.name}, {elements}", *cells, *counts])
+            change = None
+            if row is not comparison.baseline:
+                change = comparison.own_minus_random(row.name, elements, to_baseline=True)
+            if change is not None:
+                cells = [signed(change.mean), interval_text(change.queries), interval_text(change.seeds)]
+                lines.append([f"  to {comparison.baseline.name}: {change.verdict}", "", "", "", *cells, "", "", ""])
     if len(lines) == 1:
         return None
     return "\n".join([_table(lines), "", *ABLATION_NOTES])

@@ -60,7 +60,7 @@ class Trial:
     checkpoint: str | None = None
     """URI; None for BM25 and where each task has its own."""
     code: str = ""
-    """Which state of the library made it; "" where that is not known."""
+    """Which states of the library trained and measured it, as `Manifest.code`; "" where that is not known."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value that `from_json` reads."""

@@ -45,10 +45,16 @@ def publish_checkpoint(
     state: Mapping[str, Tensor],
     inputs: Mapping[str, str],
     dev_accuracy: Mapping[str, float],
+    begun_by: str = "",
 ) -> Contract:
-    """Writes one checkpoint. Args: inputs: ids of prepared data and negatives. Returns: its contract."""
+    """Writes one checkpoint.
+
+    Args: inputs: ids of prepared data and negatives. begun_by: `Manifest.code` of the one that this start went on from.
+    Returns: its contract.
+    """
     facts: dict[str, Any] = {"step": step, "dev_accuracy": dict(dev_accuracy)}
-    with artifacts.publishing(uri, KIND, inputs=inputs, config=config.model_dump(mode="json"), facts=facts) as folder:
+    tree = config.model_dump(mode="json")
+    with artifacts.publishing(uri, KIND, inputs=inputs, config=tree, facts=facts, begun_by=begun_by) as folder:
         trains = {f"{ADAPTER}{name}": value for name, value in adapters(encoder).items()} if _has_lora(encoder) else {}
         contract = save_encoder(config, merged(encoder) if trains else encoder, tokenizer, folder)
         tensors = {name: value.detach().cpu().contiguous() for name, value in {**state, **trains}.items()}

@@ -116,7 +116,7 @@ def train_worker(
     run = read_run(job.run)
     assert run is not None  # launch publishes the first checkpoint before any worker starts
     resumed = open_training(run.last_uri, config)
-    inputs = dict(artifacts.read_manifest(run.last_uri, "checkpoint").inputs)
+    begun = artifacts.read_manifest(run.last_uri, "checkpoint")
     prepared = PreparedData.open(job.prepared)
     plan = make_plan(config, prepared)
     rank, workers = Collectives().rank, Collectives().workers
@@ -167,8 +167,9 @@ def train_worker(
                     resumed.tokenizer,
                     step=done,
                     state=state,
-                    inputs=inputs,
+                    inputs=begun.inputs,
                     dev_accuracy=accuracy,
+                    begun_by=begun.code,
                 )
             del state  # twice as large as the parameters
             published += time.perf_counter() - paused
