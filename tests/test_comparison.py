@@ -472,6 +472,19 @@ def test_what_else_the_trials_measured_as_it_is_read():
     assert comparison_text(comparison) == "\n\n".join(table(comparison) for table in tables)
 
 
+def test_an_ablated_row_is_compared_with_the_baseline():
+    def of(row, seed, own):
+        falls = {"a": {"a": own}}
+        fall = Ablation(share=0.01, owned=falls, random={"a": {"a": 0.1}}, own={"a": (own,)}, own_random={"a": (0.1,)})
+        return trial(row, seed=seed, measured={"ablations": {"all elements": fall}}, a=[1])
+
+    trials = [of("mean", 0, 0.2), of("mean", 1, 0.3), of("taco", 0, 0.4), of("taco", 1, 0.5)]
+    lines = ablation_text(Comparison.of(trials, baseline="mean")).splitlines()
+    assert lines[2].split()[:7] == ["taco,", "all", "elements", "45.0", "0.0", "10.0", "+35.0"]
+    assert lines[3].split()[:3] == ["to", "mean", "+20.0"]
+    assert lines[3].endswith(" higher")
+
+
 def test_trials_of_several_states_of_the_code_are_told():
     def of(code):
         return trial("mean" if code == "1.0+a" else "taco", measured={"code": code}, a=[1])

@@ -276,6 +276,7 @@ def test_sections_without_data_and_their_files_are_absent(tmp_path: Path) -> Non
 def test_each_recommendation_has_its_reason_and_only_those_at_an_end_warn(page: Page, comparison: Comparison) -> None:
     text = page.sections["Recommended strength"]
     cards = dict(zip(("taco", ENDS), re.split(r"(?=taco: |ends-)", text)[1:], strict=True))
+    assert "Where no strength changes anything, one of six is recommended all the same" in text
     for arm, card in cards.items():
         found = comparison.recommend(arm, STRENGTH)
         assert card.startswith(f"{arm}: {found.value:g}{found.reason}.")
