@@ -6,8 +6,9 @@ Path: `serve run serve.app:build name=value …` → [here] → app, deployments
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from serve.keys import Key
 from taskspec.errors import RequestError
@@ -41,6 +42,15 @@ class Limits(Section):
     """Query tokens, about, that one HTTP replica has under way; what would be more is refused with 429."""
     body_timeout_ms: int = Field(60_000, ge=1)
     """How long a body may take to come, all of it: meanwhile its request takes one of the places of a replica."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.tokens > self.tokens_under_way:
+            raise ValueError(
+                f"tokens is {self.tokens}, more than tokens_under_way, {self.tokens_under_way}: such a request would "
+                f"never be let in beside another; lower it"
+            )
+        return self
 
     def check(self, texts: Sequence[str], param: str, top_k: int) -> None:
         """Raises: TooLarge, RequestError naming the limit that is passed. Args: param: what the texts came in."""

@@ -89,9 +89,9 @@ def publishing(
     """Gives a local folder to write into; on leaving without an error the folder becomes the artifact at `uri`.
 
     `facts` is read on leaving, so the writer may fill it. `begun_by` is the `Manifest.code` of what it goes on from. An
-    error inside leaves nothing behind, and what a killed
-    process left goes when the next one publishes there. An artifact that stood at `uri` before is replaced: on a file
-    system once the new one is complete, on S3 it goes when uploading begins.
+    error inside leaves nothing behind, and what a killed process left goes when the next one publishes there. What
+    stood at `uri` before is replaced: on a file system once the new one is complete, on S3 it goes when uploading
+    begins.
     Raises: StoreError when the disk is full, when something that is no artifact stands at `uri`, or when another
         process has begun to upload there.
     """

@@ -526,6 +526,10 @@ def test_serve_run_ends_with_one_line_before_ray_starts(folder: Path) -> None:
     [
         ({"checkpoint": "c"}, "argument index: Field required; known: checkpoint, index, aliases"),
         ({"checkpoint": "c", "index": "i", "treads": "2"}, "argument treads: Extra inputs are not permitted; known:"),
+        (
+            {"checkpoint": "c", "index": "i", "limits": {"tokens_under_way": 1000}},
+            "argument limits: Value error, tokens is 50000, more than tokens_under_way, 1000: such a request would",
+        ),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused_in_one_line(args, message):
