@@ -2,7 +2,8 @@
 
 Path: store → [here] → artifacts, prepared data.  `files/<sha256>` is the content of a file, `artifacts/<id>` and
 `rows/<id>` are entries: folders of one artifact, the first made of links to contents. Everything in here can be made
-again, so it grows until a tenth of the disk is left and then gives way, what was opened longest ago first.
+again, so it grows until a tenth of the disk is left, or to $TASKSPEC_CACHE_BYTES, and then gives way, what was opened
+longest ago first.
 """
 
 from __future__ import annotations
@@ -86,12 +87,16 @@ def _content(uri: str, sha256: str, verify: bool, what: str) -> Path:
 
 
 def make_room(size: int) -> None:
-    """Removes entries until a file of `size` bytes fits and a share of the disk stays free, or none is old enough.
+    """Removes entries until a file of `size` bytes fits, in $TASKSPEC_CACHE_BYTES where that is set, and a share of the
+    disk stays free, or none is old enough.
 
-    A file that a process has mapped stays readable there, and takes its room until it is closed.
+    A pod does not see its own limit: its disk is its node's. A file that a process has mapped stays readable there, and
+    takes its room until it is closed.
     """
     disk = shutil.disk_usage(folder())
     wanted = size + FREE_SHARE * disk.total - disk.free
+    if most := os.environ.get("TASKSPEC_CACHE_BYTES"):
+        wanted = max(wanted, size + _held() - float(most))
     if wanted <= 0:
         return
     entries = [one for area in AREAS if (folder() / area).exists() for one in (folder() / area).iterdir()]
@@ -99,6 +104,17 @@ def make_room(size: int) -> None:
         if wanted <= 0 or not _is_old(place):
             return
         wanted -= _remove(place)
+
+
+def _held() -> int:
+    """Bytes of all files in here, those with several names once."""
+    found = {}
+    for place, _, names in os.walk(folder()):
+        for name in names:
+            with suppress(FileNotFoundError):
+                file = os.stat(os.path.join(place, name))
+                found[file.st_ino] = file.st_size
+    return sum(found.values())
 
 
 def _remove(place: Path) -> int:

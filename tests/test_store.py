@@ -439,6 +439,24 @@ def test_a_cache_of_local_artifacts_gives_way_too(tmp_path, monkeypatch):
     assert not old.exists()
 
 
+def test_a_cache_keeps_to_the_bytes_that_it_may_have(tmp_path, monkeypatch):
+    """A pod's disk is its node's, which has room when the pod has none left."""
+    monkeypatch.setenv("TASKSPEC_CACHE", str(tmp_path))
+    monkeypatch.setenv("TASKSPEC_CACHE_BYTES", "1e3")
+    monkeypatch.setattr(node_cache.shutil, "disk_usage", lambda _: Disk(total=10**9, free=10**9))
+    old, older = (node_cache.entry("rows", name) for name in ("old", "older"))
+    for hours, place in ((30, old), (40, older)):
+        (place / "passages.arrow").write_bytes(b"x" * 400)
+        age(place, hours)
+    os.link(old / "passages.arrow", old / "again.arrow")  # one file, which counts once
+    node_cache.make_room(200)
+    assert old.exists()
+    assert older.exists(), "800 and 200 are the limit"
+    node_cache.make_room(201)
+    assert old.exists()
+    assert not older.exists()
+
+
 def test_an_altered_file_in_the_cache_is_fetched_again(s3_bucket):
     uri = store.join(s3_bucket, "spoiled")
     cached = publish(uri, a="spoiled in the cache").folder / "sub" / "a"

@@ -115,9 +115,15 @@ class PreparedData:
             with open(f"{path}.lock", "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not path.exists():  # another process was faster
-                    node_cache.make_room(sum(file.stat().st_size for file in (self.artifact.folder / table).iterdir()))
+                    node_cache.make_room(sum(map(_unpacked_bytes, (self.artifact.folder / table).iterdir())))
                     _convert(self.artifact.folder / table, path)
         return RowStore(path)
+
+
+def _unpacked_bytes(file: Path) -> int:
+    """What a Parquet file's rows take without its compression."""
+    metadata = pq.read_metadata(file)
+    return sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
 
 
 def _convert(folder: Path, path: Path) -> None:
