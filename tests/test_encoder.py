@@ -3,17 +3,19 @@
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizer
+from transformers import BertConfig, BertModel, BertTokenizer, RobertaConfig, RobertaModel
 
-from taskspec.config import Config, parse_config
+from taskspec.config import Config, parse_config, with_values
 from taskspec.errors import ConfigError
 from taskspec.model.contract import ContractTask
 from taskspec.model.encoder import (
+    Encoder,
     TextEncoder,
     build_encoder,
     contract_tasks,
     length_sorted,
     load_encoder,
+    require_positions,
     save_encoder,
     train_tokenizer,
 )
@@ -63,6 +65,22 @@ def test_a_saved_encoder_embeds_as_before(family, pooling, similarity, bert, tmp
     assert np.abs(ours[0] - ours[1]).max() > 1e-4
     if similarity == "cosine":
         np.testing.assert_allclose(np.linalg.norm(ours, axis=1), 1, rtol=1e-5)
+
+
+def test_lengths_that_an_encoder_has_no_positions_for_are_refused(bert):
+    def require(longest: int, encoder) -> None:
+        config = configure(source=bert, max_passage_tokens=100)
+        require_positions(encoder, with_values(config, {"tasks.nq.max_query_tokens": longest}))
+
+    require(512, load_encoder(configure(source=bert).model, bert)[0])
+    with pytest.raises(ConfigError, match=r"tasks\.nq\.max_query_tokens is 513, model\.source has positions for 512"):
+        require(513, load_encoder(configure(source=bert).model, bert)[0])
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    roberta = RobertaModel(RobertaConfig(vocab_size=9, max_position_embeddings=130, pad_token_id=1, **shape))
+    require(128, Encoder(roberta, "mean", "dot"))
+    with pytest.raises(ConfigError, match="has positions for 128 tokens"):
+        require(129, Encoder(roberta, "mean", "dot"))
+    require(10_000, build_encoder(configure().model, TEXTS, seed=0)[0])
 
 
 def test_first_of_t5_is_the_first_decoder_token_and_mean_needs_no_decoder():

@@ -176,6 +176,22 @@ def encoder_shapes(model: Model, source: str | Path | None) -> Shapes:
     )
 
 
+def require_positions(encoder: Encoder, config: Config) -> None:
+    """Raises: ConfigError naming a length of the configuration for which the encoder has no positions; those of T5 are
+    relative and do not end."""
+    transformer: Any = encoder.transformer
+    embeddings = getattr(transformer, "embeddings", None)
+    table = getattr(embeddings, "position_embeddings", None)
+    if table is None:
+        return
+    # RoBERTa and its like begin after the padding's.
+    most = table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+    lengths = {f"tasks.{task.name}.max_query_tokens": task.max_query_tokens for task in config.trained_tasks}
+    for name, length in {"model.max_passage_tokens": config.model.max_passage_tokens, **lengths}.items():
+        if length > most:
+            raise ConfigError(f"{name} is {length}, model.source has positions for {most} tokens; lower it")
+
+
 def train_tokenizer(texts: Iterable[str], scratch: Scratch) -> Any:
     """A T5 tokenizer with at most `scratch.vocabulary` pieces, ten sentinels among them.
 

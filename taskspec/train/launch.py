@@ -22,7 +22,7 @@ from taskspec.data.batches import StepBatches
 from taskspec.data.prepared import PreparedData
 from taskspec.data.stream import stream
 from taskspec.errors import DataError, DivergedError, StoreError, TaskspecError, TrainingError
-from taskspec.model.encoder import build_encoder, encoder_shapes, load_encoder
+from taskspec.model.encoder import build_encoder, encoder_shapes, load_encoder, require_positions
 from taskspec.train.checkpoint import (
     BASE,
     Run,
@@ -83,6 +83,7 @@ def start_run(job: TrainJob) -> Run:
         encoder, tokenizer = load_encoder(model, model.source)
     else:
         encoder, tokenizer = build_encoder(model, _tokenizer_texts(prepared, tuple(plan.batch)), job.config.seed)
+    require_positions(encoder, job.config)
     _try_one_step(job, tokenizer, 0)
     folder = "step-00000000"
     for name in (BASE, folder) if model.lora else (folder,):
