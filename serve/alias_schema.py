@@ -23,6 +23,9 @@ class AliasRequest(Request):
     index: str
     expected: str
     """The version that the alias points to now, as `GET /aliases/{name}` tells; another one is a conflict."""
+    revision: int | None = None
+    """Of the alias, as told there: of two changes of `shares` or `shadow` at the same time the second is a conflict.
+    Null is any."""
     shares: dict[str, int] = Field({})
     """Task → percent of its queries that the new version answers, by the query; other tasks stay. A pilot."""
     shadow: bool = False

@@ -198,6 +198,11 @@ class Aliases:
         current = self._table.current.version.id
         if request.expected != current:
             raise Conflict(f"the alias {self._alias} points to version {current}, not to {request.expected}")
+        if request.revision not in (None, self._table.revision):
+            raise Conflict(
+                f"the alias {self._alias} has revision {self._table.revision}, not {request.revision}: somebody has "
+                f"changed it; ask for its state"
+            )
 
     async def _change(self, file: AliasFile, request: AliasRequest, who: str) -> None:
         """Opens, tries and serves a version, or refuses it and leaves everything as it was."""

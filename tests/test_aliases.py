@@ -72,7 +72,8 @@ def state(url: str) -> dict[str, Any]:
 def change(url: str, folder: Path, name: str, **fields: Any) -> dict[str, Any]:
     """Asks for a version and waits for what becomes of it."""
     body = {"checkpoint": str(folder / name), "index": str(folder / f"index-{name}")}
-    body |= {"expected": state(url)["current"]["version"]} | fields
+    now = state(url)
+    body |= {"expected": now["current"]["version"], "revision": now["revision"]} | fields
     response = httpx.put(f"{url}/aliases/live", json=body, headers=ADMIN, timeout=30)
     assert response.status_code == 202, response.text
     while state(url)["status"] in ("loading", "trying"):
@@ -179,8 +180,9 @@ def test_a_shadow_is_compared_and_never_answers(url: str, folder: Path) -> None:
         ({}, "live", {}, 401, "no key, or none that is known"),
         (ADMIN, "other", {}, 404, "PUT /aliases/other: there is no alias 'other' here"),
         (ADMIN, "live", {"expected": "somebody"}, 409, "the alias live points to version "),
+        (ADMIN, "live", {"revision": 0}, 409, "the alias live has revision "),
         (ADMIN, "live", {"shares": {"nq": 101}}, 422, "shares: nq must have 0 to 100 percent but has 101"),
-        (ADMIN, "live", {"share": 5}, 422, "unknown field share; known: checkpoint, index, expected, shares"),
+        (ADMIN, "live", {"share": 5}, 422, "unknown field share; known: checkpoint, index, expected, revision"),
     ],
 )
 def test_a_change_that_may_not_be_is_refused_at_once(
