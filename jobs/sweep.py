@@ -207,8 +207,8 @@ def comparable(plan: Sequence[Planned], failed: Collection[str], baseline: str) 
 def _failures(failed: Mapping[str, str]) -> str:
     reasons = "; ".join(f"{label}: {reason}" for label, reason in failed.items())
     return (
-        f"{len(failed)} trial(s) failed, the others are kept: {reasons}; run the same command again to try what is "
-        f"missing, or leave out of the arms what fails again"
+        f"{len(failed)} trial(s) or row(s) failed, the others are kept: {reasons}; run the same command again to try "
+        f"what is missing, or leave out of the arms what fails again"
     )
 
 

@@ -9,10 +9,8 @@ replica starts; `Api` checks requests and shapes answers and errors; the work is
 
 import base64
 import dataclasses
-import json
 import platform
 import time
-from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -35,6 +33,7 @@ from serve.deployments import Encoder, Shard
 from serve.dispatch import Dispatch
 from serve.errors import ERROR_RESPONSES, Late, Uncovered, answer_errors
 from serve.guard import LOGGING, GuardMiddleware, Settings, configure, seen
+from serve.kilt import KILT_LINES, kilt_lines
 from serve.metrics import Metrics
 from serve.playground import HEADERS, PAGE
 from serve.schema import (
@@ -61,14 +60,10 @@ from serve.schema import (
 from serve.versions import Served, open_version
 from taskspec import __version__
 from taskspec.errors import ConfigError, RequestError, TaskspecError
-from taskspec.retrieve.hits import Hit
 from taskspec.retrieve.retriever import check_request, require_lexical
 
 API_CPUS = 0.25
 """Logical share of a CPU that an HTTP replica reserves: it waits more than it works."""
-KILT_LINES: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"application/x-ndjson": {}}, "description": "JSON, or JSON lines with format kilt"}
-}
 SHARD_BATCHES = 4
 """Batches under way in a shard's replica from which on another one helps: one is searched, others wait."""
 NO_BATCH = Time(wait_ms=0, embed_ms=0, search_ms=0, total_ms=0, batch_queries=0, cached_queries=0)
@@ -117,21 +112,6 @@ def _bind(args: ServeArgs, served: Served) -> Application:
         }
     shards = [Shard.options(name=f"Shard{number}", **options).bind(args, number, count) for number in range(count)]  # type: ignore[attr-defined]
     return Api.bind(args, Aliases.bind(args, served), Encoder.bind(args, shards), count)  # type: ignore[attr-defined]
-
-
-def _kilt_lines(request: RetrieveRequest, found: Sequence[Sequence[Hit]], headers: dict[str, str]) -> Response:
-    """Predictions in KILT's format, one JSON line per query, best page first; what has no place in it is in headers."""
-    lines = []
-    for number, (text, hits) in enumerate(zip(request.queries, found, strict=True)):
-        provenance = [
-            {"wikipedia_id": hit.wikipedia_id, "title": hit.title, "score": hit.score}
-            | ({"text": hit.text} if request.with_text else {})
-            for hit in hits
-        ]
-        line: dict[str, Any] = {"id": request.ids[number]} if request.ids else {}
-        line |= {"input": text, "output": [{"answer": "", "provenance": provenance}]}
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    return Response("".join(lines), media_type="application/x-ndjson", headers=headers)
 
 
 @serve.deployment(
@@ -202,7 +182,7 @@ class Api:
                 "x-truncated": str(sum(one.truncated for one in data)),
                 "x-incomplete": str(sum(not one.complete for one in data)),
             }
-            return _kilt_lines(request, [one.hits for one in data], headers)
+            return kilt_lines(request, [one.hits for one in data], headers)
         return RetrieveResponse(
             model=served.contract.name,
             task=request.task,

@@ -206,6 +206,11 @@ def test_concurrent_requests_share_batches_and_get_their_own_answers(url: str) -
 def test_kilt_lines_are_what_its_evaluation_reads(url: str) -> None:
     response = post(url, query=["Io", "Titan"], id=["q7", "q8"], task="nq", top_k=6, format="kilt")
     assert response.headers["content-type"] == "application/x-ndjson", response.text
+    assert (response.headers["x-truncated"], response.headers["x-incomplete"]) == ("0", "0")
+    cut = post(url, query=["Io", "Io " * 99], task="nq", format="kilt")
+    assert cut.headers["x-truncated"] == "1"
+    body = {"input": ["Io " * 99, "Io", "Io " * 99], "model": "tiny@nq"}
+    assert httpx.post(f"{url}/v1/embeddings", json=body).headers["x-truncated"] == "2"
     lines = [json.loads(line) for line in response.text.splitlines()]
     assert [(line["id"], line["input"]) for line in lines] == [("q7", "Io"), ("q8", "Titan")]
     for line in lines:

@@ -156,6 +156,7 @@ class Preparation:
         if limit is None:
             return
         others = (
+            # The prefix chooses as seed 0 did when the seed of a run decided.
             (hashlib.sha256(f"0:{wikipedia_id}".encode()).digest(), wikipedia_id)
             for table in self._good_pages(count=False)
             for wikipedia_id in table["wikipedia_id"].to_pylist()

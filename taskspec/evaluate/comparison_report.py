@@ -270,9 +270,9 @@ COSTS = {
 """Field of `Cost` → its label, what it is divided by, and digits."""
 
 ADVICE_NOTE = (
-    "Where no strength changes anything, one of six is recommended all the same in about 10, 15 and 20% of comparisons "
-    "of 3, 5 and 10 seeds (simulated, with the differences of strengths correlated by 0.5 to 0.8); and the average of "
-    "the best of several is flattered by its choice. New seeds tell."
+    "Where no strength changes anything, one of six is recommended all the same in 8 to 12, 11 to 17 and 12 to 21% of "
+    "comparisons of 3, 5 and 10 seeds (simulated, with the differences of strengths correlated by 0.5 to 0.8); and the "
+    "average of the best of several is flattered by its choice. New seeds tell."
 )
 ROWS_NOTE = (
     "R-precision in percent ± standard deviation over seeds; each task counts once. The difference is to the baseline, "
