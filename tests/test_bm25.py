@@ -224,6 +224,17 @@ def test_what_is_kept_dropped_and_missing_is_counted(mined: Callable[..., Any]) 
     assert (facts["rule"], facts["depth"]) == ("bm25", 50)
 
 
+def test_negatives_of_the_same_settings_are_left_as_they_are(
+    mined: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, counts = mined(depth=50, per_query=2)
+    again, same = mined(depth=50, per_query=2)
+    assert "negatives: stands already for the same inputs" in capsys.readouterr().out
+    assert (again.manifest, same) == (first.manifest, counts)
+    other, _ = mined(depth=50, per_query=1)
+    assert other.id != first.id
+
+
 def test_depth_bounds_where_negatives_come_from(mined: Callable[..., Any]) -> None:
     _, counts = mined(depth=2, per_query=2)
     assert asdict(counts["nq"]) == {"queries": 3, "kept": 0, "dropped": 4, "short": 3}

@@ -417,6 +417,17 @@ def test_a_part_of_the_index_answers_only_where_that_is_allowed(folder: Path) ->
     assert not ask({0}, True, late={0}).coverage.full
 
 
+def test_a_partial_answer_is_no_match_for_a_shadow(folder: Path) -> None:
+    compared = []
+    for failed in ({1}, set()):
+        api = api_of(folder, found(failed))
+        served = api._dispatch.table.current
+        api._dispatch._table = Table(1, served, served, shadow=True)
+        api._dispatch.start_shadow = lambda *arguments, failed=failed: compared.append(failed)
+        asyncio.run(api.retrieve(RetrieveRequest(query="Io", task="nq", allow_partial=True)))
+    assert compared == [set()]
+
+
 def test_a_request_that_only_an_idle_server_could_admit_is_refused_for_good(folder: Path) -> None:
     api = api_of(folder, found(set()), limits={"tokens": 30})
     with pytest.raises(TooLarge, match=r"have about 35 tokens but a request may have 30 \(limits\.tokens\); send"):
