@@ -45,12 +45,16 @@ class Planned(NamedTuple):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    result = cli.parser("Train, index and measure every arm with every seed of sweep.seeds, and compare them.")
+    result = cli.parser(
+        "Train, index and measure every arm with every seed of sweep.seeds, and compare them. "
+        "After an interruption the same command makes what is missing."
+    )
     result.add_argument(
         "--arms",
         default="strength",
         metavar="FILE",
-        help="YAML file of arms, or a preset of jobs/arms by its name; default strength",
+        help="YAML file of arms, or a preset of jobs/arms by its name; default strength. "
+        "The keys of an arm: README.md, Choosing the strength",
     )
     return result
 
@@ -68,6 +72,10 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from taskspec.evaluate.comparison_text import comparison_text
     from taskspec.train.launch import needed_cpus
 
+    require_dev_queries(candidates, arms.baseline, [task.name for task in config.tasks if task.dev])
+    count = len({candidate.row for candidate in candidates})
+    seeds = ", ".join(map(str, config.sweep.seeds))
+    print(f"sweep: {len(arms.arms)} arms, {count} rows, seeds {seeds}; connecting to Ray", flush=True)
     cluster.connect(config.cluster)
     at_once = config.sweep.concurrent
     cpus = at_once * max(needed_cpus(candidate.config) for candidate in candidates)
@@ -82,7 +90,7 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if found:
             ship = arms.baseline if found.value is None else f"strength {found.value:g}"
             warning = "" if found.end is None else f"; {found.end:g} lies at an end of the range: try more"
-            print(f"{name}: recommended: {ship}: {found.reason}{warning}", flush=True)
+            print(f"{name}: {ship} is recommended: {found.reason}{warning}", flush=True)
             recommended[name] = found.value
         elif comparison.curve_to_ship(name, STRENGTH):
             print(f"{name}: no strength is recommended: its rows and {arms.baseline} share fewer than 2 seeds")

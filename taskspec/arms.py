@@ -70,7 +70,10 @@ class Arm(Section):
         if twice:
             raise ValueError(f"{twice[0]} is in two of set, grid and choose; leave it in one")
         for key in (*self.set, *self.grid, *self.choose):
-            if key.partition(".")[0] not in SECTIONS:
+            section = key.partition(".")[0]
+            if section not in Config.model_fields:
+                raise ValueError(f"{key} is no key of the configuration; what arms may change: {', '.join(SECTIONS)}")
+            if section not in SECTIONS:
                 raise ValueError(f"{key} cannot differ between arms; what can: {', '.join(SECTIONS)}")
         return self
 

@@ -40,7 +40,7 @@ def connect(config: Cluster) -> None:
             )
         except Exception as error:  # Ray raises a bare Exception where a node does not start in time
             where = f"join the cluster at {address}" if address else "start on this machine"
-            reason = str(error).strip().splitlines()[0]
+            reason = str(error).strip().splitlines()[0].rstrip(".")
             raise PlacementError(
                 f"Ray could not {where}: {reason}; see that the machine is not overloaded, then run again"
             ) from error

@@ -58,7 +58,7 @@ def test_a_sweep_compares_its_arms_and_makes_again_only_what_is_missing(tiny_con
     said = capfd.readouterr().out
     assert said.count("row ") == 1
     assert "zero-shot R-precision %" in said
-    assert "taco: recommended: " in said
+    assert " is recommended: " in said
 
     artifacts = tmp_path / "artifacts"
     assert not [path for path in (artifacts / "sweep" / "indexes").rglob("*") if path.is_file()], (

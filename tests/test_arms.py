@@ -80,6 +80,10 @@ def test_the_presets_expand_for_the_quickstart(config):
             "{baseline: a, arms: {a: {set: {data.passage_words: 50}}}}",
             "data.passage_words cannot differ between arms; what can: prompts, model",
         ),
+        (
+            "{baseline: a, arms: {a: {set: {trian.steps: 50}}}}",
+            "trian.steps is no key of the configuration; what arms may change: prompts, model",
+        ),
         ("{baseline: a, arms: {a: {sett: {}}}}", "arms.yaml: unknown key arms.a.sett; known: question, set, grid"),
         ("{baseline: a, arms: {a: {}}, arm: {}}", "arms.yaml: unknown key arm; known: baseline, arms"),
         ("{baseline: a, arms: {set: {sett: {}}}}", "unknown key arms.set.sett; known: question, set, grid"),

@@ -310,7 +310,7 @@ def test_the_best_of_the_strengths_that_are_shown_to_be_higher_is_recommended():
     assert found is not None
     assert (found.value, found.end) == (1, None)
     assert found.reason == (
-        "1 has the highest average, 50.0 on 2 seeds, of those shown to be higher than mean "
+        "1 has the highest average, 50.0 on the 2 seeds that all have, of those shown to be higher than mean "
         "(+20.0, over queries +20.0 to +20.0, over seeds +20.0 to +20.0); not told apart from it: 2"
     )
 
@@ -321,7 +321,7 @@ def test_the_baseline_is_recommended_where_no_strength_is_shown_to_be_higher():
     assert (found.value, found.end) == (None, None)
     # t for 1 degree of freedom is 12.706, the error (0.2/√2)/√2.
     assert found.reason == (
-        "none is shown to be higher than mean; 1 has the highest average: "
+        "on the 2 seeds that all have, none is shown to be higher than mean; 1 has the highest average: "
         "+10.0, over queries +10.0 to +10.0, over seeds −117.1 to +137.1"
     )
 
@@ -332,7 +332,7 @@ def test_a_recommendation_is_by_the_seeds_that_all_have():
     found = against_mean(spread).recommend("taco", STRENGTH)
     assert found is not None
     assert found.value == 0.5
-    assert "on 2 seeds" in found.reason
+    assert "on the 2 seeds" in found.reason
     curve = [one for row in strengths(spread).rows for one in row.trials]
     few = Comparison.of([trial("mean", a=[0.3] * 4), *curve], "mean")
     assert few.recommend("taco", STRENGTH) is None, "the baseline has one seed"
@@ -389,11 +389,11 @@ def test_the_table_as_it_is_read():
         trial("held out", seed=0, a=[0.5] * 2),
     ]
     assert rows_text(Comparison.of(trials, baseline="mean")).splitlines() == [
-        "row       seeds  R-precision  difference    over queries      over seeds              verdict",
-        "bm25          –         25.0       −25.0  −25.0 to −25.0  −25.0 to −25.0                lower",
-        "mean          2   50.0 ± 0.0                                                         baseline",
-        "taco          2   62.5 ± 0.0       +12.5  +12.5 to +12.5  +12.5 to +12.5               higher",
-        "held out      1        50.0*        +0.0    +0.0 to +0.0        one seed  no difference shown",
+        "row       seeds  R-precision  difference    over queries      over seeds     verdict",
+        "bm25          –         25.0       −25.0  −25.0 to −25.0  −25.0 to −25.0       lower",
+        "mean          2   50.0 ± 0.0                                                baseline",
+        "taco          2   62.5 ± 0.0       +12.5  +12.5 to +12.5  +12.5 to +12.5      higher",
+        "held out      1        50.0*        +0.0    +0.0 to +0.0        one seed  not judged",
         "",
         "R-precision % ± standard deviation over seeds. Differences: tasks and seeds that both rows have,",
         "with 95% intervals.",
@@ -453,11 +453,11 @@ def test_what_else_the_trials_measured_as_it_is_read():
     ]
     comparison = Comparison.of(trials, baseline="mean")
     assert zero_shot_text(comparison).splitlines() == [
-        "zero-shot R-precision %  prompt  difference              verdict  no prompt  difference              verdict",
-        "mean                       25.0                        reference        0.0                        reference",
-        "  b                        25.0                                         0.0",
-        "taco                        0.0       −25.0  no difference shown        0.0        +0.0  no difference shown",
-        "  b                         0.0                                         0.0",
+        "zero-shot R-precision %  prompt  difference     verdict  no prompt  difference     verdict",
+        "mean                       25.0               reference        0.0               reference",
+        "  b                        25.0                                0.0",
+        "taco                        0.0       −25.0  not judged        0.0        +0.0  not judged",
+        "  b                         0.0                                0.0",
     ]
     assert ablation_text(comparison).splitlines()[:-2] == [
         "fall, points         own  others  random  own − random    over queries  over seeds  largest  beyond    both",
@@ -491,4 +491,8 @@ def test_trials_of_several_states_of_the_code_are_told():
 
     assert "1.0" not in rows_text(Comparison.of([of("1.0+a")], baseline="mean"))
     text = rows_text(Comparison.of([of("1.0+a"), of("1.0+b")], baseline="mean"))
-    assert text.splitlines()[-1] == "The trials were made by 2 states of the code: 1.0+a, 1.0+b."
+    assert text.splitlines()[-3:] == [
+        "The trials were made by 2 states of the code:",
+        "  1.0+a: mean",
+        "  1.0+b: taco",
+    ]

@@ -301,14 +301,14 @@ class Comparison:
         at_end = best == curve[-1][0] or best == curve[0][0] > 0
         end = best if at_end and to_baseline[best].mean > 0 else None
         name = self.baseline.name
-        change = difference_text(to_baseline[best])
+        change, shared = difference_text(to_baseline[best]), f"on the {len(seeds)} seeds that all have"
         if not higher:
-            reason = f"none is shown to be higher than {name}; {best:g} has the highest average: {change}"
+            reason = f"{shared}, none is shown to be higher than {name}; {best:g} has the highest average: {change}"
             return Recommendation(value=None, reason=reason, end=end)
         like = [f"{v:g}" for v in average if v != best and rows[v].minus(rows[best]).verdict == "no difference shown"]
         reason = (
-            f"{best:g} has the highest average, {percent(average[best])} on {len(seeds)} seeds, of those shown to be "
-            f"higher than {name} ({change})" + (f"; not told apart from it: {', '.join(like)}" if like else "")
+            f"{best:g} has the highest average, {percent(average[best])} {shared}, of those shown to be higher than "
+            f"{name} ({change})" + (f"; not told apart from it: {', '.join(like)}" if like else "")
         )
         return Recommendation(value=best, reason=reason, end=end)
 

@@ -37,7 +37,7 @@ from taskspec.evaluate.statistics import CONFIDENCE, Difference, Verdict
 from taskspec.evaluate.trials import WAYS, Cost
 from taskspec.specialize.analysis import mean_falls
 
-MARKS: dict[Verdict, str] = {"higher": "▲", "lower": "▼", "no difference shown": ""}
+MARKS: dict[Verdict, str] = {"higher": "▲", "lower": "▼", "no difference shown": "", "not judged": ""}
 """Verdict → its mark."""
 CHANGE = ("difference", "queries_low", "queries_high", "seeds_low", "seeds_high", "verdict")
 """Columns of CSV files, as `_change` fills them."""

@@ -50,9 +50,13 @@ def rows_text(comparison: Comparison) -> str:
     ]
     if any(row.scores.keys() != baseline.scores.keys() for row in comparison.rows):
         notes.append("* Has other tasks than the baseline; its R-precision is over its own.")
-    made_by = sorted({trial.code for row in comparison.rows for trial in row.used_trials() if trial.code})
-    if len(made_by) > 1:
-        notes.append(f"The trials were made by {len(made_by)} states of the code: {', '.join(made_by)}.")
+    by_code: dict[str, list[str]] = {}
+    for row in comparison.rows:
+        for code in sorted({trial.code for trial in row.used_trials() if trial.code}):
+            by_code.setdefault(code, []).append(row.name)
+    if len(by_code) > 1:
+        notes.append(f"The trials were made by {len(by_code)} states of the code:")
+        notes += [f"  {code}: {', '.join(by_code[code])}" for code in sorted(by_code)]
     return "\n".join([_table(lines), "", *notes])
 
 
@@ -112,7 +116,7 @@ def ablation_text(comparison: Comparison) -> str | None:
                 change = comparison.own_minus_random(row.name, elements, to_baseline=True)
             if change is not None:
                 cells = [signed(change.mean), interval_text(change.queries), interval_text(change.seeds)]
-                short = change.verdict if change.verdict != "no difference shown" else "not shown"
+                short = "not shown" if change.verdict == "no difference shown" else change.verdict
                 lines.append([f"  to {comparison.baseline.name}", "", "", "", *cells, "", "", short])
     if len(lines) == 1:
         return None
