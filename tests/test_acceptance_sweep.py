@@ -94,7 +94,8 @@ def test_a_sweep_with_a_failing_arm_compares_the_others_and_names_it(tiny_config
         "mean: {set: {specialization.method: mean}, choose: {contrastive.temperature: [1.0, 1.0e-30]}}}}"
     )
     values = {"train.steps": 2, "train.max_bad_steps": 0, "sweep.seeds": [0]}
-    with pytest.raises(TrainingError, match=r"2 trial\(s\) failed, the others are kept: bad, seed 0: .*not finite"):
+    message = r"2 trial\(s\) or row\(s\) failed, the others are kept: bad, seed 0: .*not finite"
+    with pytest.raises(TrainingError, match=message):
         run(written(tiny_config, tmp_path, arms, values))
     assert len(list((tmp_path / "artifacts" / "sweep" / "trials").glob("*.json"))) == 2
     table = capfd.readouterr().out.partition("\nrow ")[2]
