@@ -72,6 +72,7 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from taskspec.evaluate.comparison_text import comparison_text
     from taskspec.train.launch import needed_cpus
 
+    # Again by what preparation has found in the files, but what the configuration lacks needs no Ray.
     require_dev_queries(candidates, arms.baseline, [task.name for task in config.tasks if task.dev])
     count = len({candidate.row for candidate in candidates})
     seeds = ", ".join(map(str, config.sweep.seeds))

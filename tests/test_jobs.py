@@ -7,7 +7,7 @@ import time
 import pytest
 import yaml
 
-from jobs import cli, quickstart, train, trial
+from jobs import cli, quickstart, sweep, train, trial
 from jobs.pipeline import Inputs
 from jobs.sweep import Planned, comparable, require_dev_queries, waves
 from jobs.trial import combined
@@ -176,6 +176,16 @@ def test_an_arm_that_nothing_could_measure_is_refused(tmp_path, arm, dev, missin
     with pytest.raises(ConfigError, match=f"arm a: no dev queries of {missing} to measure it with; name files under"):
         require_dev_queries(candidates, "a", dev)
     require_dev_queries(candidates, "a", ("nq", "wow", "fever"))
+
+
+def test_a_sweep_without_dev_files_is_refused_before_ray_starts(tmp_path, tiny_config, monkeypatch):
+    monkeypatch.setattr(cluster, "connect", lambda config: pytest.fail("Ray was started"))
+    tree = tiny_config.model_dump(mode="json")
+    for task in tree["tasks"]:
+        task["dev"] = []
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError, match=r"arm bm25: no dev queries of .*; name files under tasks\.<name>\.dev"):
+        sweep.run(["--config", str(tmp_path / "config.yaml")])
 
 
 def test_an_arm_without_a_task_of_the_baseline_is_refused(tmp_path):
