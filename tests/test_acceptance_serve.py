@@ -50,8 +50,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def deploy(head: Head, folder: Path, url: str, replicas: int) -> None:
-    """As a person does who has the token: `serve deploy`."""
+def deploy(head: Head, folder: Path, url: str, replicas: int, **changed: Any) -> None:
+    """As a person does who has the token: `serve deploy`.    Args: changed: arguments of the application."""
     key = {"name": "ops", "sha256": hashlib.sha256(KEY["x-api-key"].encode()).hexdigest(), "scopes": ["read", "admin"]}
     args = {
         "checkpoint": str(folder / "a"),
@@ -61,7 +61,7 @@ def deploy(head: Head, folder: Path, url: str, replicas: int) -> None:
         "cache_bytes": 0,
         "threads": 1,
         "shard_threads": 1,
-    }
+    } | changed
     deployments = [{"name": name, "num_replicas": replicas} for name in ("Api", "Encoder", "Shard0", "Shard1")]
     application = {"name": APPLICATION, "import_path": "serve.app:build", "args": args, "deployments": deployments}
     config = {"http_options": {"host": "127.0.0.1", "port": int(url.rpartition(":")[2])}, "applications": [application]}
@@ -183,7 +183,16 @@ def test_no_request_is_lost_while_replicas_die_a_version_flips_and_the_app_scale
 def test_while_the_only_replica_of_a_shard_is_gone_the_rest_answers_and_then_all_of_it(
     head: Head, folder: Path, url: str
 ) -> None:
-    deploy(head, folder, url, replicas=1)
+    # Less than a replica takes to start, or the rest need not answer: requests would wait for the new one.
+    deploy(head, folder, url, replicas=1, shard_timeout_ms=500)
+
+    def settled() -> bool:
+        """Whether the replicas of the deployment before are gone."""
+        command = [COMMANDS / "serve", "status", "--address", head.url]
+        said = subprocess.run(command, env=head.environment, cwd=ROOT, capture_output=True, text=True, check=True)
+        application = yaml.safe_load(said.stdout)["applications"][APPLICATION]
+        states = [one["replica_states"] for one in application["deployments"].values()]
+        return bool(application["status"] == "RUNNING" and all(one == {"RUNNING": 1} for one in states))
 
     def ask(**fields: Any) -> httpx.Response:
         body = {"query": f"who {time.monotonic()}", "task": "nq", "level": "passage", "top_k": 12, **fields}
@@ -196,6 +205,7 @@ def test_while_the_only_replica_of_a_shard_is_gone_the_rest_answers_and_then_all
             return False
         return answer.status_code == 200 and len(answer.json()["data"][0]["hits"]) == 12
 
+    until(settled, "one replica of each")
     until(whole, "the endpoint answers")
     count("Shard1", 1)
     (pid,) = replicas("Shard1")
