@@ -129,6 +129,7 @@ def test_a_killed_job_goes_on_with_other_workers_and_another_distribution(
     other = ["--set", "train.workers=3", "--set", "train.distribution=replicated"]
     with running([*command, *other], log) as process:
         assert process.wait(300) == 0, log.read_text()
+    assert f"broken: goes on from step-{reached:08d}, of 40 steps" in log.read_text()
     assert last() == 40
     ours, theirs = (flat(run) - start for run in (broken, unbroken.run))
     error = float((ours - theirs).norm() / theirs.norm())
@@ -166,6 +167,7 @@ def test_a_plan_tries_steps_and_leaves_only_itself_and_the_run_ends_beside_it(
     tiny_config, tiny_prepared, tmp_path, capfd
 ):
     values = {"contrastive.negatives": 0, "train.steps": 12, "train.workers": 2, "train.distribution": "sharded"}
+    values["model.scratch.vocabulary"] = 20_000
     job = TrainJob(with_values(tiny_config, values), tiny_prepared.artifact.uri, None, str(tmp_path / "run"))
     (tmp_path / "run" / "plan" / "metrics").mkdir(parents=True)
     (tmp_path / "run" / "plan" / "metrics" / "step-00000000.jsonl").write_text("what a killed plan left")
@@ -179,6 +181,10 @@ def test_a_plan_tries_steps_and_leaves_only_itself_and_the_run_ends_beside_it(
     assert "s a step in 10 steps" in said
     done = train(job)
     assert done.finished
+    weights = safetensors.torch.load_file(tmp_path / "run" / done.last / "model.safetensors")
+    assert found.parameters == sum(weight.numel() for weight in weights.values()), (
+        "of the tokenizer that the data made, not of the largest that it may have"
+    )
     assert "planned: " in capfd.readouterr().out
 
 

@@ -36,6 +36,8 @@ from taskspec.train.checkpoint import (
 from taskspec.train.planning import PROBE_STEPS, TrainingPlan, measured, plan_training, summary, write_plan
 from taskspec.train.worker import Batches, TrainJob, console_line, make_maker, make_plan, read_metrics, train_worker
 
+FIRST = "step-00000000"
+"""The checkpoint of a run folder that nothing has trained yet."""
 DIVERGED_FILE = "diverged.txt"
 """In a run folder: why its workers gave up."""
 TOKENIZER_TEXTS = 200_000
@@ -85,8 +87,7 @@ def start_run(job: TrainJob) -> Run:
         encoder, tokenizer = build_encoder(model, _tokenizer_texts(prepared, tuple(plan.batch)), job.config.seed)
     require_positions(encoder, job.config)
     _try_one_step(job, tokenizer, 0)
-    folder = "step-00000000"
-    for name in (BASE, folder) if model.lora else (folder,):
+    for name in (BASE, FIRST) if model.lora else (FIRST,):
         publish_checkpoint(
             store.join(job.run, name),
             job.config,
@@ -97,7 +98,7 @@ def start_run(job: TrainJob) -> Run:
             inputs=inputs,
             dev_accuracy={},
         )
-    return add_to_run(None, job.run, folder, None, finished=job.config.train.steps == 0)
+    return add_to_run(None, job.run, FIRST, None, finished=job.config.train.steps == 0)
 
 
 def _encoder_input(job: TrainJob, run: Run | None) -> dict[str, str]:
@@ -149,6 +150,9 @@ def train(job: TrainJob) -> Run:
     if run.finished:
         print(f"{job.run}: {run.last} is its last checkpoint, nothing is left to train", flush=True)
         return run
+    label = job.run.rstrip("/").rpartition("/")[2]
+    if run.last != FIRST:
+        print(f"{label}: goes on from {run.last}, of {job.config.train.steps:,} steps", flush=True)
     stop = threading.Event()
     progress = threading.Thread(target=_show_progress, args=(job, stop), daemon=True)
     progress.start()
@@ -159,7 +163,6 @@ def train(job: TrainJob) -> Run:
         progress.join()
     finished = read_run(job.run)
     assert finished is not None
-    label = job.run.rstrip("/").rpartition("/")[2]
     for line in summary(finished, read_metrics(job.run), job.config).splitlines():
         print(f"{label}: {line}", flush=True)
     return finished
@@ -175,7 +178,8 @@ def plan(job: TrainJob) -> TrainingPlan:
     # The encoder of a checkpoint counts, not the one that the configuration would begin with.
     source = artifacts.open_artifact(job.start, "checkpoint").folder if job.start else config.model.source
     shapes = encoder_shapes(config.model, source)
-    planned = plan_training(config, make_plan(config, PreparedData.open(job.prepared)), shapes)
+    of_data = make_plan(config, PreparedData.open(job.prepared))
+    planned = plan_training(config, of_data, shapes)
     available = None if config.train.gpu else cluster.worker_memory(config.train.workers)
     planned.require_fits(available)
     require_cpus(config)
@@ -187,7 +191,11 @@ def plan(job: TrainJob) -> TrainingPlan:
     )
     artifacts.remove(tried.run)  # what a plan that was killed left
     try:
-        start_run(tried)
+        begun = start_run(tried)
+        if source is None:  # the tokenizer of a small corpus has fewer tokens than it may
+            made = store.join(tried.run, BASE) if config.model.lora else begun.last_uri
+            folder = artifacts.open_artifact(made, "checkpoint").folder
+            planned = plan_training(config, of_data, encoder_shapes(config.model, folder))
         fit(tried)
         planned = measured(planned, read_metrics(tried.run))
     finally:

@@ -88,8 +88,10 @@ class TrainingPlan:
 
     def _way_out(self) -> str:
         if self.distribution == "replicated":
-            return "set train.distribution=sharded with more workers, or take larger nodes"
-        return "take more workers, each holds less, or larger nodes"
+            return (
+                "set train.distribution=sharded with more workers, or take larger nodes, a smaller model, or model.lora"
+            )
+        return "take more workers, each holds less, or larger nodes, a smaller model, or model.lora"
 
     def to_text(self, available: int | None) -> str:
         """For the console."""
@@ -217,6 +219,8 @@ def summary(run: Run, lines: Sequence[Mapping[str, Any]], config: Config) -> str
     if plan is not None and plan.step_seconds is not None and plan.peak is not None:
         planned = f"planned: {_duration(plan.seconds)}, {_size(plan.peak)} at its peak"
         text.append(planned + ("" if sent is None else f", {_size(plan.sent)} a step"))
+    elif plan is None and store.exists(store.join(run.uri, PLAN_FILE)):
+        text.append(f"{PLAN_FILE} is of another configuration, so nothing is compared with it")
     started = lines[0]["dev_at_start"]
     ended = {task: one["dev_accuracy"] for task, one in lines[-1]["tasks"].items() if "dev_accuracy" in one}
     both = [f"{task} {100 * started[task]:.0f} → {100 * ended[task]:.0f}%" for task in ended if task in started]
