@@ -2,8 +2,8 @@
 
     python benchmarks/loop.py
 
-Both are runs on Ray Train with the same workers, in turn; the layers of step.py's medium encoder (18.9 M
-parameters) with the vocabulary that the texts make, on the generated world of world.py. Steps after the first eight count.
+Both are runs on Ray Train with the same workers, in turn; the layers of step.py's medium encoder (18.9 M parameters)
+with the vocabulary that the texts make, on the generated world of world.py. Steps after the first eight count.
 """
 
 from __future__ import annotations
