@@ -49,6 +49,9 @@ SEARCH_THREADS = 16
 """Batches that may wait for shards at the same time."""
 ENCODER_CPUS = 0.5
 """Logical CPUs that an encoder reserves unless a configuration says otherwise: little, so that any laptop can serve."""
+SHARED_CPUS = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
+"""Runtime environment of a replica that has no CPUs to itself: threads that wait for each other sleep; by spinning they
+would take the time that other replicas need. A configuration that reserves CPUs for it replaces this too."""
 CLOSE_AFTER_S = 60.0
 """How long a version that is wanted no more stays open; longer than a request may take by default."""
 RETRY_AFTER_S = 30.0
@@ -182,7 +185,7 @@ def open_model(version: Version) -> OpenModel:
 
 
 @serve.deployment(
-    ray_actor_options={"num_cpus": ENCODER_CPUS},
+    ray_actor_options={"num_cpus": ENCODER_CPUS, "runtime_env": SHARED_CPUS},
     max_ongoing_requests=256,
     graceful_shutdown_timeout_s=30,
     logging_config=LOGGING,
@@ -247,21 +250,24 @@ class Encoder:
         return await asyncio.get_running_loop().run_in_executor(self._embedding, self._embed_batch, asks)
 
     def _embed_batch(self, asks: Sequence[Ask]) -> list[Embedded | Exception]:
-        """Version by version, task by task; if one of them fails, then request by request: a failure is its own."""
+        """Version by version, all tasks together; where that fails half by half: a failure is its request's own."""
         began = time.monotonic()
         parts: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray] | Exception] = {}
-        groups = deque(_numbers_by((ask.version, ask.task) for ask in asks))
+        groups = deque(_numbers_by(ask.version for ask in asks))
         while groups:
-            (version, task), numbers = groups.popleft()
+            version, numbers = groups.popleft()
             try:
                 encoder = self._models.get(version).encoder
+                tasks = [asks[number].task for number in numbers for _ in asks[number].texts]
                 texts = [text for number in numbers for text in asks[number].texts]
-                queries = encoder.tokenizer.queries(task, texts)
+                queries = encoder.tokenizer.queries_by_task(tasks, texts)
                 columns = encoder.embed_tokens(queries), queries.truncated_B, queries.mask_BL.sum(axis=1)
             except Exception as error:
                 if len(numbers) == 1:
                     parts[numbers[0]] = error
-                groups.extend(((version, task), [number]) for number in numbers if len(numbers) > 1)
+                else:
+                    middle = len(numbers) // 2
+                    groups.extend([(version, numbers[:middle]), (version, numbers[middle:])])
                 continue
             stops = np.cumsum([len(asks[number].texts) for number in numbers])[:-1]
             parts.update(zip(numbers, zip(*(np.split(column, stops) for column in columns), strict=True), strict=True))

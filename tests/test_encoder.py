@@ -151,12 +151,17 @@ def test_too_few_texts_for_a_tokenizer_are_refused():
         train_tokenizer([], Model().scratch)
 
 
-def test_groups_of_like_length_hold_every_row_once_within_the_token_budget():
+def test_groups_of_like_length_keep_to_the_token_budget():
     lengths = np.array([5, 100, 7, 7, 60, 1])
-    groups = list(length_sorted(lengths, max_tokens=120))
-    assert sorted(row for group in groups for row in group.tolist()) == [0, 1, 2, 3, 4, 5]
-    assert all(lengths[group].max() * len(group) <= 120 for group in groups)
-    assert groups[0].tolist() == [1]
+    groups = list(length_sorted(lengths, max_tokens=120, max_padding=1000))
+    assert [group.tolist() for group in groups] == [[1], [4, 2], [3, 0, 5]]
+
+
+def test_a_group_has_no_more_padding_than_another_forward_pass_costs():
+    lengths = np.array([10, 9, 9, 8, 4, 4, 1])
+    groups = list(length_sorted(lengths, max_tokens=1000, max_padding=4))
+    assert [group.tolist() for group in groups] == [[0, 1, 2, 3], [4, 5, 6]]
+    assert not list(length_sorted(lengths[:0], max_tokens=1000, max_padding=4))
 
 
 def test_a_prompt_is_the_task_s_name_unless_it_says_otherwise():

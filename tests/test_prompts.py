@@ -80,6 +80,16 @@ def test_shorter_rows_are_padded_on_the_right(tokenizer):
     assert set(tokens.ids_BL[0, lengths[0] :]) == {tokenizer.pad_token_id}
 
 
+def test_queries_of_several_tasks_are_those_of_each_by_itself(tokenizer):
+    texts = TextTokenizer(tokenizer, Prompts(), [task("nq"), task("wow", "end", length=12)], 32)
+    tasks, queries = ["wow", "nq", "wow"], [" ".join(WORDS), "beta", "gamma delta"]
+    together = texts.queries_by_task(tasks, queries)
+    assert together.truncated_B.tolist() == [True, False, False]
+    for number, (own, query) in enumerate(zip(tasks, queries, strict=True)):
+        alone = texts.queries(own, [query]).ids_BL[0]
+        assert together.ids_BL[number, together.mask_BL[number] == 1].tolist() == alone.tolist()
+
+
 def test_an_unknown_task_is_answered_with_the_known_ones(tokenizer):
     with pytest.raises(RequestError, match="unknown task 'qa'; known: nq, wow") as error:
         TextTokenizer(tokenizer, Prompts(), [task("nq"), task("wow")], 32).queries("qa", ["beta"])

@@ -590,12 +590,15 @@ def test_shards_that_do_not_hold_every_row_once_are_refused(folder: Path, tmp_pa
 
 
 def test_what_the_tokenizer_cannot_do_for_one_request_fails_none_beside_it(folder: Path) -> None:
-    """Requests of one task are embedded together."""
+    """Requests of all tasks are embedded together."""
     encoder = object.__new__(Encoder.func_or_class)
     encoder._models = Versions(open_model)
     served = open_version(str(folder / "checkpoint"), str(folder / "index"))
     texts = (("Io",), ("\ud800",), ("Ceres", "Titan"))  # half of a surrogate pair, which the schema refuses
-    asks = [Ask(served.version, "nq", of_one, None, float("inf")) for of_one in texts]
+    asks = [
+        Ask(served.version, task, of_one, None, float("inf"))
+        for task, of_one in zip(("nq", "nq", "fever"), texts, strict=True)
+    ]
     good, bad, two = encoder._embed_batch(asks)
     assert isinstance(bad, TypeError)
     assert [len(one.embeddings_BD) for one in (good, two)] == [1, 2]

@@ -75,7 +75,7 @@ def exact_answers(embeddings_ND: np.ndarray, row_start: int, queries_BD: np.ndar
         _, rows_BF = faiss.knn(queries_BD[asked_B], embeddings_ND, width, metric=faiss.METRIC_INNER_PRODUCT)
         equal = []
         for number, rows_F in zip(asked_B.tolist(), rows_BF, strict=True):
-            scores_F = row_scores(embeddings_ND, queries_BD[number], rows_F)
+            scores_F = row_scores(embeddings_ND, queries_BD[number : number + 1], rows_F[None])[0]
             right_F = scores_F >= np.sort(scores_F)[-min(top_k, width)]
             found[number] = scores_F[right_F], rows_F[right_F]
             if right_F.all() and width < len(embeddings_ND):

@@ -27,7 +27,7 @@ from taskspec.errors import ArtifactError
 from taskspec.index.kinds import KINDS
 from taskspec.sections import KindName
 
-SPARE = 32
+SPARE = 8
 """Candidates fetched beyond top_k, so that the error bound seldom reaches the last of them."""
 RESCORED_ROWS = 4096
 """Rows whose scores are taken again at a time: bounds memory when very many tie."""
@@ -156,31 +156,33 @@ class FlatShard(Shard):
 
     def _search(self, queries_BD: np.ndarray, wanted: int, effort: int | None) -> Results:
         fetched = min(wanted + SPARE, self.rows)
-        scores_BK = np.empty((len(queries_BD), wanted), dtype=np.float32)
-        rows_BK = np.empty((len(queries_BD), wanted), dtype=np.int64)
         rough_BF, candidates_BF = self.index.search(queries_BD, fetched)
-        for number, query_D in enumerate(queries_BD):
-            candidates = candidates_BF[number]
-            scores = self._scores(query_D, candidates)
-            if fetched < self.rows:
-                last = float(np.partition(scores, -wanted)[-wanted])
-                error = self._error(query_D)
-                if rough_BF[number, -1] + error >= last:  # a row that was not fetched may tie or be better
-                    candidates = self._all_above(query_D, last - 2 * error)
-                    scores = self._scores(query_D, candidates)
-            best = np.lexsort((candidates, -scores))[:wanted]
-            scores_BK[number] = scores[best]
-            rows_BK[number] = candidates[best] + self.row_start
-        return Results(scores_BK, rows_BK)
+        # The best by FAISS score at least as the last of them less the error; what by FAISS has another error less than
+        # that is behind all of them.
+        least_B = rough_BF[:, wanted - 1] - 2 * self._error(queries_BD)
+        near_B = (rough_BF >= least_B[:, None]).sum(axis=1)
+        near_BC = candidates_BF[:, : near_B.max()]
+        best_BK = self._best(queries_BD, near_BC, wanted)
+        for number in np.flatnonzero(near_B == fetched) if fetched < self.rows else ():  # others may be as near
+            near_C = self._all_above(queries_BD[number], least_B[number])
+            one = self._best(queries_BD[number : number + 1], near_C[None], wanted)
+            best_BK.scores_BK[number], best_BK.rows_BK[number] = one.scores_BK[0], one.rows_BK[0]
+        return Results(best_BK.scores_BK, best_BK.rows_BK + self.row_start)
+
+    def _best(self, queries_BD: np.ndarray, numbers_BC: np.ndarray, wanted: int) -> Results:
+        """Of some rows for each query, by their numbers here."""
+        return merge_top_k([Results(row_scores(self._vectors_ND, queries_BD, numbers_BC), numbers_BC)], wanted)
 
     def _rank(self, queries_BD: np.ndarray, numbers: np.ndarray, wanted: int) -> Results:
         chosen = make_shard("flat", self._vectors_ND[numbers], 0).search(queries_BD, wanted)
         return Results(chosen.scores_BK, numbers[chosen.rows_BK] + self.row_start)
 
-    def _error(self, query_D: np.ndarray) -> float:
-        """Bound on |FAISS's score − ours|: D products and D sums in any order, each off by at most 2^-24 of |q|·|x|,
-        and our own rounding, which the factor 2 covers."""
-        return float(2 * len(query_D) * 2**-24 * np.linalg.norm(query_D) * self.max_norm)
+    def _error(self, queries_BD: np.ndarray) -> np.ndarray:
+        """(B,) bounds on |FAISS's score − ours|: D products and D sums in any order, each off by at most 2^-24 of
+        |q|·|x|, and our own rounding, which the factor 2 covers."""
+        lengths_B: np.ndarray = np.linalg.norm(queries_BD.astype(np.float64), axis=1)
+        bounds_B: np.ndarray = 2 * queries_BD.shape[1] * 2**-24 * self.max_norm * lengths_B
+        return bounds_B
 
     def _all_above(self, query_D: np.ndarray, score: float) -> np.ndarray:
         """Numbers of all rows whose score by FAISS is above, or equal where rounding leaves no room below."""
@@ -193,22 +195,20 @@ class FlatShard(Shard):
         """What the index holds, not a copy."""
         return np.asarray(faiss.rev_swig_ptr(self.index.get_xb(), self.rows * self.index.d)).reshape(self.rows, -1)
 
-    def _scores(self, query_D: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        return row_scores(self._vectors_ND, query_D, numbers)
 
-
-def row_scores(vectors_ND: np.ndarray, query_D: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """float32 scores of some rows.
+def row_scores(vectors_ND: np.ndarray, queries_BD: np.ndarray, numbers_BC: np.ndarray) -> np.ndarray:
+    """(B, C) float32 scores of some rows for each query.
 
     Products of float32 are exact in float64 and each row is summed by itself, so a score does not depend on which other
     rows are asked for.
     """
-    query_D = query_D.astype(np.float64)
+    queries_B1D = queries_BD[:, None].astype(np.float64)
+    columns = max(1, RESCORED_ROWS // len(queries_BD))
     pieces = [
-        (vectors_ND[numbers[start : start + RESCORED_ROWS]] * query_D).sum(axis=1)
-        for start in range(0, len(numbers), RESCORED_ROWS)
+        np.vecdot(vectors_ND[numbers_BC[:, start : start + columns]].astype(np.float64), queries_B1D)
+        for start in range(0, numbers_BC.shape[1], columns)
     ]
-    return np.concatenate(pieces).astype(np.float32)
+    return np.concatenate(pieces, axis=1).astype(np.float32)
 
 
 class ApproximateShard(Shard):

@@ -6,7 +6,7 @@ through `TextTokenizer`, so a query is the same sequence of tokens everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,12 +69,25 @@ class TextTokenizer:
 
     def queries(self, task: str, texts: Sequence[str]) -> Tokens:
         """Raises: RequestError for an unknown task, listing the known ones."""
+        return self.queries_by_task([task] * len(texts), texts)
+
+    def queries_by_task(self, tasks: Sequence[str], texts: Sequence[str]) -> Tokens:
+        """Args: tasks: of each text.    Raises: RequestError for an unknown task, listing the known ones."""
+        rows: list[list[int]] = [[]] * len(texts)
+        truncated = [False] * len(texts)
+        for task in dict.fromkeys(tasks):
+            numbers = [number for number, own in enumerate(tasks) if own == task]
+            for number, (row, cut) in zip(numbers, self._cut(task, [texts[n] for n in numbers]), strict=True):
+                rows[number], truncated[number] = row, cut
+        return self._pad(rows, truncated)
+
+    def _cut(self, task: str, texts: Sequence[str]) -> Iterator[tuple[list[int], bool]]:
+        """The whole query of each text, and whether something was cut."""
         if task not in self.tasks:
             raise RequestError(f"unknown task {task!r}; known: {', '.join(self.tasks)}", param="task")
         room = self.tasks[task].max_query_tokens - self._overhead(task)
         keep = self.tasks[task].keep
         lead = self._head + self._prefixes[task]
-        rows, truncated = [], []
         encoded = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=keep == "mention")
         for number, ids in enumerate(encoded["input_ids"]):
             start = 0
@@ -82,9 +95,7 @@ class TextTokenizer:
                 start = len(ids) - room
             elif len(ids) > room and keep == "mention":
                 start = _mention_window(texts[number], encoded["offset_mapping"][number], room)
-            rows.append(lead + ids[start : start + room] + self._tail)
-            truncated.append(len(ids) > room)
-        return self._pad(rows, truncated)
+            yield lead + ids[start : start + room] + self._tail, len(ids) > room
 
     def passages(self, titles: Sequence[str], texts: Sequence[str]) -> Tokens:
         """Passages keep their beginning."""
