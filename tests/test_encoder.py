@@ -151,6 +151,22 @@ def test_too_few_texts_for_a_tokenizer_are_refused():
         train_tokenizer([], Model().scratch)
 
 
+def test_several_threads_embed_as_one_does_and_keep_their_number(tmp_path):
+    encoder = text_encoder(configure(), tmp_path)
+    texts = [" ".join(["arden"] * number) for number in range(1, 20)]
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3, 2):
+            torch.set_num_threads(threads)
+            found.append(encoder.embed_passages(texts, texts))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], atol=1e-5)
+
+
 def test_groups_of_like_length_keep_to_the_token_budget():
     lengths = np.array([5, 100, 7, 7, 60, 1])
     groups = list(length_sorted(lengths, max_tokens=120, max_padding=1000))

@@ -81,7 +81,7 @@ def test_shorter_rows_are_padded_on_the_right(tokenizer):
 
 
 def test_queries_of_several_tasks_are_those_of_each_by_itself(tokenizer):
-    texts = TextTokenizer(tokenizer, Prompts(), [task("nq"), task("wow", "end", length=12)], 32)
+    texts = TextTokenizer(tokenizer, Prompts(), [task("nq"), task("wow", "end", length=16)], 32)
     tasks, queries = ["wow", "nq", "wow"], [" ".join(WORDS), "beta", "gamma delta"]
     together = texts.queries_by_task(tasks, queries)
     assert together.truncated_B.tolist() == [True, False, False]

@@ -9,8 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tempfile
+import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,8 +29,8 @@ from taskspec.model.contract import Contract, ContractTask
 from taskspec.model.prompts import TextTokenizer, Tokens
 from taskspec.sections import Model, Precision, Scratch, Task
 
-EMBED_TOKENS = 16_384
-"""Tokens of one forward pass when texts are embedded, padding included."""
+EMBED_TOKENS = {"cpu": 4096, "cuda": 16_384}
+"""Most tokens of one forward pass when texts are embedded, padding included."""
 FORWARD_TOKENS = {"cpu": 40, "cuda": 4096}
 """A forward pass costs by itself, whatever it embeds, about as much as this many tokens: measured with MiniLM on 2
 cores, guessed for a GPU."""
@@ -310,17 +315,44 @@ class TextEncoder:
         """Returns: (N, D) float32."""
         return self.embed_tokens(self.tokenizer.passages(titles, texts))
 
-    @torch.inference_mode()
     def embed_tokens(self, tokens: Tokens) -> np.ndarray:
         """Returns: (B, D) float32, by the model alone."""
         result_BD = np.empty((len(tokens.ids_BL), self.dimension), dtype=np.float32)
         lengths_B = tokens.mask_BL.sum(1)
-        for rows in length_sorted(lengths_B, EMBED_TOKENS, FORWARD_TOKENS[torch.device(self.device).type]):
+        kind = torch.device(self.device).type
+        threads = torch.get_num_threads() if kind == "cpu" else 1
+        longest = int(lengths_B.max(initial=1))
+        share = math.ceil(lengths_B.sum() / threads / longest) * longest  # of a thread, if all texts were as long
+        groups = list(length_sorted(lengths_B, min(share, EMBED_TOKENS[kind]), FORWARD_TOKENS[kind]))
+
+        @torch.inference_mode()
+        def embed(rows: np.ndarray) -> None:
             longest = int(lengths_B[rows].max())
             ids_BL = torch.from_numpy(tokens.ids_BL[rows, :longest]).to(self.device)
             mask_BL = torch.from_numpy(tokens.mask_BL[rows, :longest]).to(self.device)
             result_BD[rows] = self.encoder(ids_BL, mask_BL).float().cpu().numpy()
+
+        if threads == 1 or len(groups) == 1:
+            for rows in groups:
+                embed(rows)
+        else:
+            deque(_lone_threads(threads).map(embed, groups), maxlen=0)
         return result_BD
+
+
+@cache
+def _lone_threads(count: int) -> ThreadPoolExecutor:
+    """Threads of which each computes by itself.
+
+    Several that share one matrix product wait for the slowest at each step, which is slow indeed where other processes
+    take time from one of the cores.
+    """
+    pool = ThreadPoolExecutor(count, "embed", torch.set_num_threads, (1,))
+    started = threading.Barrier(count)
+    for waited in [pool.submit(started.wait) for _ in range(count)]:
+        waited.result()
+    torch.set_num_threads(count)  # each has set the number of the others too
+    return pool
 
 
 def length_sorted(lengths_B: np.ndarray, max_tokens: int, max_padding: int) -> Iterator[np.ndarray]:
