@@ -20,18 +20,19 @@ WINDOW_S = 5.0
 """Over which rates and percentiles are taken."""
 ENCODER: dict[str, Any] = {
     "name": "Encoder",
-    "ray_actor_options": {"num_cpus": 1},
+    "ray_actor_options": {"num_cpus": 0.5},
     "autoscaling_config": {
         "min_replicas": 1,
         "max_replicas": 2,
-        "target_ongoing_requests": 4,
+        "target_ongoing_requests": 2,
         "upscale_delay_s": 5,
         "downscale_delay_s": 30,
         "metrics_interval_s": 2,
         "look_back_period_s": 6,
     },
 }
-"""As in cluster/serve.yaml, but for two cores and minutes: a replica with one thread, and shorter delays."""
+"""As in cluster/serve.yaml, but for two cores and minutes: a replica has one thread, reserves half a CPU so that two
+fit beside the rest, and the delays are shorter."""
 
 Replicas = list[tuple[float, int]]
 """Seconds from the beginning → running replicas."""
@@ -103,7 +104,7 @@ def save(folder: Path, sent: Sequence[Sent], replicas: Replicas) -> None:
     count.set_title("running replicas of the encoder")
     count.set_yticks(range(max(n for _, n in replicas) + 1))
     p95.plot(middle, [1000 * one for one in slowest], color=page.COLORS[2], linewidth=1.2, marker=".")
-    p95.set_title(f"p95 of the answers, ms, by {WINDOW_S:.0f} s in which they were asked for")
+    p95.set_title(f"p95 of the answers to what was asked in each {WINDOW_S:.0f} s, ms")
     p95.set_xlabel("seconds")
     for axes in (rate, count, p95):
         axes.set_ylim(bottom=0)

@@ -68,7 +68,12 @@ SHARD_BATCHES = 4
 """Batches under way in a shard's replica from which on another one helps: one is searched, others wait."""
 NO_BATCH = Time(wait_ms=0, embed_ms=0, search_ms=0, total_ms=0, batch_queries=0, cached_queries=0)
 
-app = FastAPI(title="taskspec", description="One dense retriever for many retrieval tasks.", responses=ERROR_RESPONSES)
+app = FastAPI(
+    title="taskspec",
+    description="One dense retriever for many retrieval tasks.",
+    responses=ERROR_RESPONSES,
+    redoc_url=None,
+)
 answer_errors(app)
 app.add_middleware(GuardMiddleware)
 

@@ -67,7 +67,9 @@ def answer_errors(app: FastAPI) -> None:
 
 
 def _answer(status: int, error: Error, headers: dict[str, str] | None = None) -> JSONResponse:
-    content = ErrorResponse(error=error, request_id=seen().request_id).model_dump()
+    request = seen()
+    request.facts |= {"error": error.code, "param": error.param}
+    content = ErrorResponse(error=error, request_id=request.request_id).model_dump()
     return JSONResponse(content, status_code=status, headers=headers)
 
 

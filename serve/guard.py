@@ -105,6 +105,7 @@ class GuardMiddleware:
         try:
             refused = self._refusal(path, headers, request)
             if refused is not None:
+                request.facts["error"] = refused[1].code
                 await _respond(answer, *refused, request.request_id)
             else:
                 await self._app(scope, _Limited(receive, _settings.body_bytes), answer)
@@ -124,7 +125,9 @@ class GuardMiddleware:
                 "ms": round(1000 * seconds, 2),
                 "key": request.key.name if request.key else None,
             }
-            logger.info("request", extra={"request": line | request.facts})
+            # By the route: a path is the client's text, and not every formatter writes it so that it keeps its line.
+            extra = {"request": line | request.facts}
+            logger.info("%s %s %d, %.0f ms", method, route, status, 1000 * seconds, extra=extra)
 
     @staticmethod
     def _refusal(path: str, headers: Headers, request: Seen) -> tuple[int, Error, Mapping[str, str]] | None:

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     secret = secrets.token_urlsafe(32)
     scopes: tuple[Scope, ...] = ("read", "admin") if arguments.admin else ("read",)
     key = Key(name=arguments.name, sha256=hashlib.sha256(secret.encode()).hexdigest(), scopes=scopes)
-    print(f"key: {secret}\nkeys: - {json.dumps(key.model_dump(mode='json'))}")
+    print(f"key: {secret}\nkeys: [{json.dumps(key.model_dump(mode='json'))}]")
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def test_the_job_plans_what_is_not_there_yet_and_ends_with_the_keys_to_set(tmp_p
     assert done.returncode == 0, done.stderr
     *shown, last = done.stdout.splitlines()
     assert shown[0].startswith("36,000,000 passages of 96 numbers on 1 node(s) of 10.0 GB")
-    assert [line.split()[0] for line in shown[1:-1]] == ["kind", *KINDS]
+    assert [line.split()[0] for line in shown[1:-1]] == ["kind", *KINDS, "times"]
     assert shown[-1] == "the most exact that fits: --set index.kind=fp16 --set index.shards=5"
     assert json.loads(last)["chosen"] == "fp16"
     assert json.loads((tmp_path / "index-plan.json").read_bytes())["passages"] == 36_000_000

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 from hypothesis import given
@@ -270,7 +271,7 @@ def test_a_new_key_is_found_by_its_hash_and_not_kept(capsys: pytest.CaptureFixtu
     keys.main(["team-a"])
     first, second = capsys.readouterr().out.splitlines()
     secret = first.removeprefix("key: ")
-    found = Key.model_validate_json(second.removeprefix("keys: - "))
+    (found,) = map(Key.model_validate, yaml.safe_load(second)["keys"])
     assert len(secret) == 43
     assert secret not in second
     assert (found.name, found.scopes) == ("team-a", ("read",))
@@ -383,7 +384,14 @@ def test_every_request_leaves_one_line_and_one_count(client: TestClient, caplog:
     client.post("/echo/nq", json=["secret text"], headers=headers)
     client.post("/echo/nq", json=[])
     client.get("/nowhere", headers=headers)
-    lines = [json.loads(JSONFormatter().format(one))["request"] for one in caplog.records if one.name == "ray.serve"]
+    records = [one for one in caplog.records if one.name == "ray.serve"]
+    assert [one.getMessage().split(",")[0] for one in records] == [
+        "POST /echo/{name} 200",
+        "POST none 401",
+        "GET none 404",
+    ]
+    lines = [json.loads(JSONFormatter().format(one))["request"] for one in records]
+    assert [line.get("error") for line in lines] == [None, "no_key", "no_route"]
     assert [(line["method"], line["path"], line["status"], line["key"]) for line in lines] == [
         ("POST", "/echo/nq", 200, "team-a"),
         ("POST", "/echo/nq", 401, None),

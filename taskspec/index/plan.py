@@ -62,6 +62,12 @@ class Candidate:
     """Why it does not fit."""
 
 
+EXTRAPOLATED = (
+    "times are of searching alone, by a small index on this machine as it was just now; a graph that the processor's "
+    "caches do not hold may take several times longer"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class IndexPlan:
     """All kinds, from the most exact on."""
@@ -101,7 +107,7 @@ class IndexPlan:
             f"{self.passages:,} passages of {self.dimension} numbers on {budget.nodes} node(s) of "
             f"{_size(budget.node_bytes)} and {budget.node_cores} cores, recall {budget.recall:g}{latency}{embedding}"
         )
-        return "\n".join([title, *table])
+        return "\n".join([title, *table, EXTRAPOLATED])
 
 
 def plan_index(
