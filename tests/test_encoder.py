@@ -1,5 +1,8 @@
 """Encoders: T5 and BERT-like, pooling, similarity, saving and loading."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +18,7 @@ from taskspec.model.encoder import (
     contract_tasks,
     length_sorted,
     load_encoder,
+    lone_threads,
     require_positions,
     save_encoder,
     train_tokenizer,
@@ -151,20 +155,39 @@ def test_too_few_texts_for_a_tokenizer_are_refused():
         train_tokenizer([], Model().scratch)
 
 
-def test_several_threads_embed_as_one_does_and_keep_their_number(tmp_path):
+def test_several_threads_embed_as_one_does(tmp_path, threads_of_torch):
     encoder = text_encoder(configure(), tmp_path)
     texts = [" ".join(["arden"] * number) for number in range(1, 20)]
     found = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 3, 2):
-            torch.set_num_threads(threads)
-            found.append(encoder.embed_passages(texts, texts))
-            assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 3, 2):
+        threads_of_torch(threads)
+        found.append(encoder.embed_passages(texts, texts))
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], atol=1e-5)
+
+
+def test_threads_that_embed_compute_alone_and_no_other_thread_does(threads_of_torch):
+    threads_of_torch(3)
+    pool = lone_threads.__wrapped__(3)
+    met = threading.Barrier(3)
+
+    def number_of_threads(_):
+        torch.ones(100_000).exp()  # an operation that threads can share
+        met.wait()  # so that each answers once
+        return torch.get_num_threads()
+
+    assert list(pool.map(number_of_threads, range(3))) == [1, 1, 1]
+    assert torch.get_num_threads() == 3
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(torch.get_num_threads).result() == 3
+    pool.shutdown()
+
+
+@pytest.fixture
+def threads_of_torch():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def test_groups_of_like_length_keep_to_the_token_budget():

@@ -336,23 +336,28 @@ class TextEncoder:
             for rows in groups:
                 embed(rows)
         else:
-            deque(_lone_threads(threads).map(embed, groups), maxlen=0)
+            deque(lone_threads(threads).map(embed, groups), maxlen=0)
         return result_BD
 
 
 @cache
-def _lone_threads(count: int) -> ThreadPoolExecutor:
+def lone_threads(count: int) -> ThreadPoolExecutor:
     """Threads of which each computes by itself.
 
     Several that share one matrix product wait for the slowest at each step, which is slow indeed where other processes
     take time from one of the cores.
     """
-    pool = ThreadPoolExecutor(count, "embed", torch.set_num_threads, (1,))
+    pool = ThreadPoolExecutor(count, "embed", _compute_alone)
     started = threading.Barrier(count)
     for waited in [pool.submit(started.wait) for _ in range(count)]:
         waited.result()
-    torch.set_num_threads(count)  # each has set the number of the others too
+    torch.set_num_threads(count)  # the number that threads to come begin with was set to 1 too
     return pool
+
+
+def _compute_alone() -> None:
+    torch.get_num_threads()  # a thread that has not asked yet takes the process's number at its first operation
+    torch.set_num_threads(1)
 
 
 def length_sorted(lengths_B: np.ndarray, max_tokens: int, max_padding: int) -> Iterator[np.ndarray]:
