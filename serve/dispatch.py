@@ -105,7 +105,8 @@ class Dispatch:
         with self._admission.admit(query_tokens(texts, of_task.max_query_tokens), timeout_ms / 1000):
             found = await self._run(served, of_task, texts, search, timeout_ms / 1000)
             if found is None:
-                raise Late(f"no answer within {timeout_ms} ms; ask for fewer queries, or with a longer timeout_ms")
+                fewer = " or for fewer queries" if len(texts) > 1 else ""
+                raise Late(f"no answer within {timeout_ms} ms; ask with a longer timeout_ms{fewer}")
         return found
 
     async def require_ready(self) -> None:

@@ -6,6 +6,7 @@ Path: app, taskspec, FastAPI, Serve raise → [here] → body and status.  Nothi
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any, cast
 
 from fastapi import FastAPI, Request
@@ -95,11 +96,16 @@ async def _rule_of_the_schema(request: Request, exception: Exception) -> JSONRes
     if problem["type"] == "json_invalid":
         message, param, status = f"the body is not JSON: {problem['ctx']['error']}", None, 400
     elif problem["type"] == "extra_forbidden":
-        route = request.scope["route"].path
-        message = f"unknown field {param}; known: {', '.join(BODIES[route].model_fields)}"
+        message = f"unknown field {param}; known: {', '.join(_fields(request))}"
     elif param:
         message = f"{param}: {message}"
+    else:
+        message = f"the body must be a JSON object, of {', '.join(_fields(request))}"
     return _answer(status, Error(message=message, type="invalid_request", param=param, code=problem["type"]))
+
+
+def _fields(request: Request) -> Iterable[str]:
+    return BODIES[request.scope["route"].path].model_fields
 
 
 async def _refusal(request: Request, exception: Exception) -> JSONResponse:

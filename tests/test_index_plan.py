@@ -54,6 +54,8 @@ def test_a_time_for_a_query_is_met_by_shards_on_other_cores_or_by_another_kind()
     refused = {one.kind: one.refused for one in planned(*WIKIPEDIA, latency_s=0.05).candidates}
     assert refused["flat"] is not None
     assert "ms a query" in refused["flat"]
+    both = planned(*WIKIPEDIA, latency_s=0.05, node_bytes=64e9).candidates[0].refused
+    assert both == "needs 110.6 GB a node, there are 51.2 GB (80% of 64.0 GB), takes 900 ms a query"
 
 
 def test_what_no_kind_can_meet_is_refused_with_every_reason() -> None:
@@ -61,7 +63,7 @@ def test_what_no_kind_can_meet_is_refused_with_every_reason() -> None:
         _ = planned(*WIKIPEDIA, node_bytes=16e9).chosen
     for kind in KINDS:
         assert f"{kind} needs " in str(caught.value)
-    assert "pq needs 29.4 GB a node, there are 12.8 GB; take more or larger nodes" in str(caught.value)
+    assert "pq needs 29.4 GB a node, there are 12.8 GB (80% of 16.0 GB); take more or larger" in str(caught.value)
     with pytest.raises(PlacementError, match=r"sq8 finds about 0\.98 of the exact best at most"):
         _ = planned(*WIKIPEDIA, node_bytes=48e9, recall=0.99).chosen
 

@@ -10,7 +10,7 @@ import pytest
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService, Keys
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
-from selenium.webdriver.support.ui import WebDriverWait
+from selenium.webdriver.support.ui import Select, WebDriverWait
 from small_index import TEXTS, TITLES, configuration, publish_index, publish_model, serving
 
 from serve.arguments import ServeArgs
@@ -90,6 +90,7 @@ def test_a_query_shows_every_task_side_by_side_with_pages_in_common_and_stages(p
     bar = page.find_element(By.CSS_SELECTOR, ".bar")
     assert "searches" in (bar.get_attribute("aria-label") or "")
     assert sum(piece.size["width"] for piece in bar.find_elements(By.TAG_NAME, "span")) > 0.9 * bar.size["width"]
+    assert page.find_element(By.ID, "found").text == "2 tasks found 6 pages, 6 of them by more than one"
     assert "tiny · index" in page.find_element(By.ID, "about").text
     assert "12 passages, 2 shards, flat" in page.find_element(By.ID, "about").text
 
@@ -99,18 +100,24 @@ def test_a_task_can_be_left_out_and_the_address_keeps_the_question(page: Chrome)
     ask(page, "which body")
     wait(page, "#columns .title", 6)
     assert [head.text for head in page.find_elements(By.CSS_SELECTOR, "#columns h2")] == ["1 fever"]
-    assert page.current_url.endswith("?q=which+body&tasks=fever")
+    Select(page.find_element(By.ID, "top_k")).select_by_visible_text("5")
+    Select(page.find_element(By.ID, "level")).select_by_value("passage")
+    ask(page, "which body")
+    WebDriverWait(page, 20).until(
+        lambda _: page.current_url.endswith("?q=which+body&tasks=fever&top_k=5&level=passage")
+    )
     page.refresh()
-    wait(page, "#columns .title", 6)
+    wait(page, "#columns .title", 5)
     assert [head.text for head in page.find_elements(By.CSS_SELECTOR, "#columns h2")] == ["1 fever"]
+    assert len(page.find_elements(By.CSS_SELECTOR, "#columns .title")) == 5
+    assert page.find_element(By.ID, "level").get_attribute("value") == "passage"
 
 
 def test_keys_reach_hits_and_open_them(page: Chrome) -> None:
     ask(page, "which body")
     wait(page, "#columns .title", 12)
-    body = page.find_element(By.TAG_NAME, "body")
-    page.execute_script("document.activeElement.blur()")
-    body.send_keys("2")
+    page.find_element(By.ID, "query").send_keys(Keys.ARROW_DOWN)
+    page.switch_to.active_element.send_keys("2")
     page.switch_to.active_element.send_keys(Keys.ARROW_DOWN)
     page.switch_to.active_element.send_keys(Keys.ENTER)
     section = page.find_elements(By.CSS_SELECTOR, "#columns section")[1]

@@ -285,6 +285,8 @@ def test_a_request_that_breaks_a_rule_is_told_which(
     ("method", "path", "content", "status", "type_", "message"),
     [
         ("POST", "/retrieve", b"{query", 400, "invalid_request", "the body is not JSON: Expecting property name"),
+        ("POST", "/retrieve", b"", 422, "invalid_request", "the body must be a JSON object, of query, task, top_k"),
+        ("POST", "/embed", b"[]", 422, "invalid_request", "the body must be a JSON object, of query, task, timeout_ms"),
         ("GET", "/retrieve", None, 405, "invalid_request", "GET /retrieve: Method Not Allowed"),
         ("POST", "/aliases/live", None, 405, "invalid_request", "POST /aliases/live: Method Not Allowed"),
         ("GET", "/nowhere", None, 404, "not_found", "GET /nowhere: Not Found"),

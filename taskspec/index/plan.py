@@ -63,8 +63,8 @@ class Candidate:
 
 
 EXTRAPOLATED = (
-    "times are of searching alone, by a small index on this machine as it was just now; a graph that the processor's "
-    "caches do not hold may take several times longer"
+    "times are of searching alone, without embedding the query and what an endpoint adds, by a small index on this "
+    "machine as it was just now; a graph that the processor's caches do not hold may take several times longer"
 )
 
 
@@ -148,17 +148,16 @@ def _sized(kind: KindName, passages: int, dimension: int, budget: Budget, speed:
     rounds = -(-shards // (budget.nodes * budget.node_cores))
     search_s = rounds * speed.search_s * _work(kind, rows) / _work(kind, speed.rows)
     build_s = speed.build_s * passages / speed.rows * _build_work(kind, rows) / _build_work(kind, speed.rows)
-    refused = None
+    refused = []
     if described.codes < budget.recall:
-        refused = f"finds about {described.codes:g} of the exact best at most"
-    elif node_bytes > _free(budget):
-        refused = f"needs {_size(node_bytes)} a node, there are {_size(_free(budget))}"
+        refused.append(f"finds about {described.codes:g} of the exact best at most")
+    if node_bytes > _free(budget):
+        refused.append(f"needs {_size(node_bytes)} a node, there are {_share(FREE_FOR_INDEX, budget.node_bytes)}")
     elif build_bytes > FREE_FOR_BUILD * budget.node_bytes:
-        refused = (
-            f"takes {_size(build_bytes)} while a shard is built, there are {_size(FREE_FOR_BUILD * budget.node_bytes)}"
-        )
-    elif budget.latency_s is not None and search_s > budget.latency_s:
-        refused = f"takes {_milliseconds(search_s)} a query"
+        there = _share(FREE_FOR_BUILD, budget.node_bytes)
+        refused.append(f"takes {_size(build_bytes)} while a shard is built, there are {there}")
+    if budget.latency_s is not None and search_s > budget.latency_s:
+        refused.append(f"takes {_milliseconds(search_s)} a query")
     return Candidate(
         kind=kind,
         factory=described.factory(rows, dimension),
@@ -167,7 +166,7 @@ def _sized(kind: KindName, passages: int, dimension: int, budget: Budget, speed:
         node_bytes=node_bytes,
         search_s=search_s,
         build_s=build_s,
-        refused=refused,
+        refused=", ".join(refused) or None,
     )
 
 
@@ -182,7 +181,7 @@ def require_memory(kind: KindName, rows: int, dimension: int, node_bytes: int) -
     if needed > FREE_FOR_BUILD * node_bytes:
         raise PlacementError(
             f"a shard of {rows:,} passages takes {_size(needed)} while it is built, there are "
-            f"{_size(FREE_FOR_BUILD * node_bytes)}; set index.shards to more"
+            f"{_share(FREE_FOR_BUILD, node_bytes)}; set index.shards to more"
         )
 
 
@@ -216,6 +215,10 @@ def _size(size: float) -> str:
         if size >= scale:
             return f"{size / scale:.1f} {unit}"
     return f"{size / 1e3:.1f} kB"
+
+
+def _share(share: float, size: float) -> str:
+    return f"{_size(share * size)} ({share:.0%} of {_size(size)})"
 
 
 def _milliseconds(seconds: float) -> str:
