@@ -43,6 +43,7 @@ from taskspec.index.manifest import KIND, IndexManifest
 from taskspec.index.shard import Shard, load_shard, merge_top_k
 from taskspec.model.contract import Contract
 from taskspec.retrieve.retriever import Retriever
+from taskspec.sections import Precision
 
 CONFIG = Path(__file__).with_name("minikilt.yaml")
 QUERIES_A_REQUEST = 16
@@ -170,11 +171,13 @@ def questions(config: Config) -> dict[str, list[str]]:
     return found
 
 
-def floor(config: Config, asked: Mapping[str, Sequence[str]], batch: int, seconds: float) -> float:
+def floor(
+    config: Config, asked: Mapping[str, Sequence[str]], batch: int, seconds: float, precision: Precision
+) -> float:
     """Queries a second of the encoder's forward pass and one FAISS search in this process, a batch of one task at a
     time; no texts or exact scores are made of what is found."""
     at = places(config)
-    retriever, one = Retriever.open(at["checkpoint"], at["index"]), one_index(config)
+    retriever, one = Retriever.open(at["checkpoint"], at["index"], precision), one_index(config)
     batches = [
         (task, texts[start : start + batch])
         for task, texts in asked.items()
@@ -205,16 +208,20 @@ def write_settings(
     return path
 
 
-async def endpoint(config: Config, seconds: float) -> None:
+async def endpoint(config: Config, seconds: float, precision: Precision) -> None:
+    """Args: precision: of the queries' embedding, in one process and served; the afternoon's server has fp32."""
     asked = questions(config)
-    settings = write_settings(config)
+    settings = write_settings(config, args={"precision": precision})
     batches: list[int] = []
     """Queries that were embedded together with each request's last one."""
 
     # Ray runs its workers at nice 15, which would starve them beside the client on the same machine.
     os.environ |= {"RAY_worker_niceness": "0"}
-    physical = {batch: floor(config, asked, batch, seconds) for batch in (1, 16, 32, 64)}
-    print("one process, encoder and search:", {batch: f"{rate:.1f} queries/s" for batch, rate in physical.items()})
+    physical = {batch: floor(config, asked, batch, seconds, precision) for batch in (1, 16, 32, 64)}
+    print(
+        f"one process, encoder in {precision} and search:",
+        {batch: f"{rate:.1f} queries/s" for batch, rate in physical.items()},
+    )
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(120)) as session:
         with serving(settings) as url:
@@ -299,6 +306,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--passages", type=int, default=4096, help="for embed")
     parser.add_argument("--batch", type=int, default=64, help="for search")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of queries, for endpoint")
     parser.add_argument("--seconds", type=float, default=20, help="of each load")
     arguments = parser.parse_args()
     try:
@@ -321,7 +329,7 @@ def run(arguments: argparse.Namespace) -> None:
     elif arguments.what == "scale":
         asyncio.run(scale(config))
     else:
-        asyncio.run(endpoint(config, arguments.seconds))
+        asyncio.run(endpoint(config, arguments.seconds, arguments.precision))
 
 
 if __name__ == "__main__":

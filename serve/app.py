@@ -274,6 +274,7 @@ class Api:
             limits=self._args.limits,
             min_coverage=self._args.min_coverage,
             shard_timeout_ms=self._args.shard_timeout_ms,
+            precision=self._args.precision,
             batch_tokens=self._args.batch_tokens,
             keys=bool(self._args.keys),
             versions={

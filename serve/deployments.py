@@ -37,6 +37,7 @@ from taskspec.index.shard import Results
 from taskspec.machine import own_cpus
 from taskspec.model.encoder import TextEncoder
 from taskspec.retrieve.catalog import Catalog, LocalShards
+from taskspec.sections import Precision
 from taskspec.train.checkpoint import open_encoder
 
 logger = logging.getLogger("ray.serve")
@@ -172,8 +173,10 @@ class OpenModel:
     index: IndexManifest
 
 
-def open_model(version: Version) -> OpenModel:
-    """Raises: ArtifactError, StoreError; ContractError if the checkpoint is not the one that built the index."""
+def open_model(version: Version, precision: Precision = "fp32") -> OpenModel:
+    """Args: precision: of the encoder.
+
+    Raises: ArtifactError, StoreError; ContractError if the checkpoint is not the one that built the index."""
     served = reopen_version(version)
     held = artifacts.read_manifest(version.index, KIND)
     lexical = [name for name in held.files if name.startswith(f"{LEXICAL_FOLDER}/")]
@@ -181,7 +184,7 @@ def open_model(version: Version) -> OpenModel:
     artifact = artifacts.open_artifact(version.index, KIND, verify=True, files=files)
     require_version(artifact.id, version)
     catalog = Catalog.open(artifact.folder, served.index, version.id)
-    return OpenModel(open_encoder(version.checkpoint), catalog, served.index)
+    return OpenModel(open_encoder(version.checkpoint, precision=precision), catalog, served.index)
 
 
 @serve.deployment(
@@ -200,7 +203,7 @@ class Encoder:
             for number, handle in enumerate(shards)
         ]
         self._most_tokens = args.batch_tokens
-        self._models = Versions(open_model)
+        self._models = Versions(partial(open_model, precision=args.precision))
         self._embedding = ThreadPoolExecutor(1, "embed")
         self._searching = ThreadPoolExecutor(SEARCH_THREADS, "search")
         await self._models.start()

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from serve.arguments import Limits
 from taskspec.model.contract import ContractTask
 from taskspec.retrieve.hits import Level
+from taskspec.sections import Precision
 
 
 class Model(BaseModel):
@@ -295,6 +296,8 @@ class InfoResponse(Model):
     """Share of the shards without which even a request with allow_partial is refused."""
     shard_timeout_ms: int
     """How long a shard is waited for, within the request's own time."""
+    precision: Precision
+    """Of the queries' embedding."""
     batch_tokens: int
     """Tokens, about, of the queries that are embedded together."""
     keys: bool

@@ -134,6 +134,16 @@ def test_embeddings_are_those_that_are_searched_with(url: str, folder: Path) -> 
     assert refused.json()["error"]["message"] == "unknown model 'tiny'; known: tiny@nq, tiny@fever"
 
 
+def test_queries_may_be_embedded_in_bf16(folder: Path, serve_port: int) -> None:
+    pair = {"checkpoint": str(folder / "checkpoint"), "index": str(folder / "index")}
+    expected_BD, _ = Retriever.open(*pair.values()).embed("nq", ["which body is Io"])
+    with serving(ServeArgs(**pair, precision="bf16", threads=1), serve_port, "bf16") as url:
+        answer = httpx.post(f"{url}/embed", json={"query": "which body is Io", "task": "nq"}).json()
+        assert httpx.get(f"{url}/info").json()["precision"] == "bf16"
+    difference = np.abs(np.array(answer["data"][0]["embedding"]) - expected_BD[0]).max() / np.abs(expected_BD).max()
+    assert 1e-5 < difference < 0.03
+
+
 def test_pages_may_be_chosen_and_passages_read(url: str) -> None:
     (data,) = post(url, query="Io", task="nq", only_pages=["3", "1", "no such"]).json()["data"]
     assert sorted(hit["id"] for hit in data["hits"]) == ["1", "3"]

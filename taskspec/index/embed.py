@@ -24,8 +24,7 @@ class EmbedPassages:
     def __init__(self, checkpoint: str, threads: int, precision: Precision, device: str = "cpu") -> None:
         """Args: threads: of this process; all processes of a node together should not exceed its cores."""
         torch.set_num_threads(threads)
-        self._encoder = open_encoder(checkpoint, device)
-        self._encoder.encoder.precision = precision
+        self._encoder = open_encoder(checkpoint, device, precision)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Args: batch: columns row (N,) int64, title and text (N,) str. Returns: row, and embedding (N, D) float32."""

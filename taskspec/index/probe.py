@@ -53,8 +53,7 @@ def embedding_seconds(checkpoint: str, prepared: PreparedData, precision: Precis
     """Time to embed one passage in this process, on all its cores, from a sample of the passages."""
     rows = np.linspace(0, len(prepared.passages) - 1, min(EMBEDDED, len(prepared.passages))).astype(np.int64)
     texts = prepared.passages.take(rows, ["title", "text"])
-    encoder = open_encoder(checkpoint)
-    encoder.encoder.precision = precision
+    encoder = open_encoder(checkpoint, precision=precision)
     encoder.embed_passages(texts["title"][:8], texts["text"][:8])
     return _seconds(partial(encoder.embed_passages, texts["title"], texts["text"])) / len(rows)
 

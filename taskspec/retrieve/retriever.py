@@ -17,6 +17,7 @@ from taskspec.index.manifest import KIND, IndexManifest
 from taskspec.model.contract import Contract, ContractTask
 from taskspec.retrieve.catalog import Catalog, LocalShards, Shards, index_version
 from taskspec.retrieve.hits import Hit, Level
+from taskspec.sections import Precision
 
 
 class Searcher(Protocol):
@@ -77,9 +78,11 @@ class Retriever:
         self._catalog = catalog
 
     @classmethod
-    def open(cls, checkpoint: str, index: str) -> Retriever:
+    def open(cls, checkpoint: str, index: str, precision: Precision = "fp32") -> Retriever:
         """Opens both after comparing their contracts and every file's sha256; the index stays on disk and is read as
         searches touch it.
+
+        Args: precision: of the queries' embedding.
 
         Raises: ContractError naming the first field that differs, ArtifactError, StoreError.
         """
@@ -89,7 +92,7 @@ class Retriever:
         manifest = IndexManifest.of(index, artifact.manifest)
         manifest.require_built_by(read_contract(checkpoint), checkpoint, index)
         catalog = Catalog.open(artifact.folder, manifest, index_version(artifact.id))
-        return cls(open_encoder(checkpoint), LocalShards.open(artifact.folder, manifest), catalog)
+        return cls(open_encoder(checkpoint, precision=precision), LocalShards.open(artifact.folder, manifest), catalog)
 
     def with_tasks(self, tasks: Sequence[ContractTask]) -> Retriever:
         """The same weights and index answering these tasks instead; passages are embedded without a task."""

@@ -25,6 +25,7 @@ from taskspec.errors import TrainingError
 from taskspec.model.contract import Contract
 from taskspec.model.encoder import Encoder, TextEncoder, load_encoder, save_encoder
 from taskspec.model.lora import adapters, add_lora, load_adapters, merged
+from taskspec.sections import Precision
 from taskspec.specialize.methods import carried
 
 KIND = "checkpoint"
@@ -73,11 +74,12 @@ def read_contract(uri: str) -> Contract:
     return Contract.model_validate(artifacts.read_manifest(uri, KIND).facts["contract"])
 
 
-def open_encoder(uri: str, device: str = "cpu") -> TextEncoder:
+def open_encoder(uri: str, device: str = "cpu", precision: Precision = "fp32") -> TextEncoder:
     """A checkpoint's encoder, ready to embed. Raises: ArtifactError if the checkpoint is incomplete or altered."""
     artifact = artifacts.open_artifact(uri, KIND, verify=True)
     config = parse_config(artifact.manifest.config, uri)
     encoder, tokenizer = load_encoder(config.model, artifact.folder)
+    encoder.precision = precision
     return TextEncoder(encoder, tokenizer, Contract.model_validate(artifact.manifest.facts["contract"]), device)
 
 
