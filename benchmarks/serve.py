@@ -5,6 +5,7 @@
     python benchmarks/serve.py search      # a batch over two shards, beside one FAISS call
     python benchmarks/serve.py endpoint    # served queries a second, beside one process and an afternoon's server
     python benchmarks/serve.py scale       # replicas and p95 while the load rises and falls: scaling.png
+    python benchmarks/serve.py recall      # of an approximate index as served, beside what its manifest says
 
 `embed` and `endpoint` need `pip install sentence-transformers`. Server and client share the machine; what the client
 takes of it is printed too.
@@ -42,6 +43,7 @@ from taskspec.index import build
 from taskspec.index.manifest import KIND, IndexManifest
 from taskspec.index.shard import Shard, load_shard, merge_top_k
 from taskspec.model.contract import Contract
+from taskspec.retrieve.client import Client
 from taskspec.retrieve.retriever import Retriever
 from taskspec.sections import Precision
 
@@ -273,6 +275,37 @@ async def scale(config: Config) -> None:
     print(f"{len(sent)} requests, {failed} failed; replicas from {min(replicas)[1]} to {max(n for _, n in replicas)}")
 
 
+def recall(config: Config, path: str, overrides: Sequence[str], kind: str) -> None:
+    """Builds an index of that kind and asks it, as it is served, all dev queries: the share of the exact best passages
+    that it finds, by FAISS's own exact search."""
+    at = places(config) | {"index": store.join(config.artifacts, f"served-index-{kind}")}
+    shape = [f"index.kind={kind}", "index.shards=2"]
+    words = ["--config", path, *(word for one in [*overrides, *shape] for word in ("--set", one))]
+    job = [sys.executable, "-m", "jobs.index", *words, "--checkpoint", at["checkpoint"], "--out", at["index"]]
+    subprocess.run(job, check=True)
+    said = IndexManifest.of(at["index"], artifacts.read_manifest(at["index"], KIND)).recall
+    retriever, one = Retriever.open(at["checkpoint"], places(config)["index"]), one_index(config)
+    passages = PreparedData.open(at["prepared"]).passages
+    inside = 0
+    settings = write_settings(config, args={"index": at["index"]})
+    with serving(settings) as url, Client(url, timeout_s=120) as client:
+        for task, texts in questions(config).items():
+            shares = []
+            for start in range(0, len(texts), 64):
+                some = texts[start : start + 64]
+                _, rows_BK = one.search(retriever.embed(task, some)[0], said.at)
+                for rows, answer in zip(
+                    rows_BK, client.retrieve(some, task, top_k=said.at, level="passage"), strict=True
+                ):
+                    right = set(passages.take(rows, ["passage_id"])["passage_id"])
+                    shares.append(len(right & {hit.id for hit in answer.hits}) / said.at)
+            found, told = statistics.fmean(shares), said.tasks[task]
+            inside += told.low <= found <= told.high
+            interval = f"{told.value:.3f} ({told.low:.3f} to {told.high:.3f})"
+            print(f"{task:12} {found:.3f} of {len(texts)} queries; by the manifest {interval} of {told.queries} others")
+    print(f"recall@{said.at} of kind {kind}: within the manifest's interval for {inside} of {len(said.tasks)} tasks")
+
+
 @contextmanager
 def afternoon(config: Config) -> Iterator[str]:
     """The afternoon's server, until the block ends.    Gives: its URL."""
@@ -300,13 +333,14 @@ def afternoon(config: Config) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["prepare", "embed", "search", "endpoint", "scale"])
+    parser.add_argument("what", choices=["prepare", "embed", "search", "endpoint", "scale", "recall"])
     parser.add_argument("--config", default=str(CONFIG))
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="a.b=value")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--passages", type=int, default=4096, help="for embed")
     parser.add_argument("--batch", type=int, default=64, help="for search")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of queries, for endpoint")
+    parser.add_argument("--kind", default="ivf", help="for recall")
     parser.add_argument("--seconds", type=float, default=20, help="of each load")
     arguments = parser.parse_args()
     try:
@@ -326,6 +360,8 @@ def run(arguments: argparse.Namespace) -> None:
             embed(with_values(config, {"index.precision": precision}), arguments.pairs, arguments.passages)
     elif arguments.what == "search":
         search(config, arguments.pairs, arguments.batch)
+    elif arguments.what == "recall":
+        recall(config, arguments.config, arguments.overrides, arguments.kind)
     elif arguments.what == "scale":
         asyncio.run(scale(config))
     else:
