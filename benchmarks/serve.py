@@ -302,7 +302,7 @@ def recall(config: Config, path: str, overrides: Sequence[str], kind: str) -> No
             found, told = statistics.fmean(shares), said.tasks[task]
             inside += told.low <= found <= told.high
             interval = f"{told.value:.3f} ({told.low:.3f} to {told.high:.3f})"
-            print(f"{task:12} {found:.3f} of {len(texts)} queries; by the manifest {interval} of {told.queries} others")
+            print(f"{task:12} {found:.3f} of {len(texts)} queries; by the manifest {interval} of {told.queries} of them")
     print(f"recall@{said.at} of kind {kind}: within the manifest's interval for {inside} of {len(said.tasks)} tasks")
 
 
