@@ -301,8 +301,8 @@ def recall(config: Config, path: str, overrides: Sequence[str], kind: str) -> No
                     shares.append(len(right & {hit.id for hit in answer.hits}) / said.at)
             found, told = statistics.fmean(shares), said.tasks[task]
             inside += told.low <= found <= told.high
-            interval = f"{told.value:.3f} ({told.low:.3f} to {told.high:.3f})"
-            print(f"{task:12} {found:.3f} of {len(texts)} queries; by the manifest {interval} of {told.queries} of them")
+            by_manifest = f"{told.value:.3f} ({told.low:.3f} to {told.high:.3f}), {told.queries} of them"
+            print(f"{task:12} {found:.3f}, {len(texts)} queries; by the manifest {by_manifest}")
     print(f"recall@{said.at} of kind {kind}: within the manifest's interval for {inside} of {len(said.tasks)} tasks")
 
 

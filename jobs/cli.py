@@ -9,9 +9,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from taskspec import store
+from taskspec import artifacts, store
 from taskspec.config import Config, load_config, parse_config
-from taskspec.errors import TaskspecError
+from taskspec.errors import ArtifactError, TaskspecError
 
 
 def parser(description: str, *, config_required: bool = True) -> argparse.ArgumentParser:
@@ -48,6 +48,20 @@ def configuration(arguments: argparse.Namespace) -> Config:
     if config.model.source and os.path.isdir(config.model.source):
         tree["model"]["source"] = store.absolute(config.model.source)
     return parse_config(tree, arguments.config)
+
+
+MADE_BY = {"prepared-data": "jobs.prepare", "negatives": "jobs.mine", "checkpoint": "jobs.train"}
+
+
+def require(option: str, uri: str, kind: str) -> None:
+    """Ends a job before Ray starts where an artifact that it needs is not there.
+
+    Raises: ArtifactError naming the option that says where it is, and the job that makes it.
+    """
+    try:
+        artifacts.read_manifest(uri, kind)
+    except ArtifactError as error:
+        raise ArtifactError(f"{option} {error}; {MADE_BY[kind]} makes it") from error
 
 
 def main(run: Callable[[Sequence[str] | None], dict[str, Any]], argv: Sequence[str] | None = None) -> None:

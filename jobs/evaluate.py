@@ -161,7 +161,9 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from taskspec.negatives.bm25 import BM25 as Lexical
     from taskspec.retrieve.retriever import Retriever
 
-    prepared = PreparedData.open(arguments.prepared or store.join(config.artifacts, "prepared"))
+    prepared_uri = arguments.prepared or store.join(config.artifacts, "prepared")
+    cli.require("--prepared", prepared_uri, "prepared-data")
+    prepared = PreparedData.open(prepared_uri)
     systems: dict[str, Any] = {} if arguments.no_bm25 else {BM25: Lexical.build(prepared)}
     inputs: dict[str, str] = {}
     for source in retrievers:

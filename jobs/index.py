@@ -66,8 +66,8 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     if arguments.checkpoint is None:
         raise ConfigError("--checkpoint is missing: name the URI that jobs.train printed")
-    for uri, kind in ((arguments.checkpoint, "checkpoint"), (prepared, "prepared-data")):
-        artifacts.read_manifest(uri, kind)  # a wrong URI ends here, before Ray starts
+    cli.require("--checkpoint", arguments.checkpoint, "checkpoint")
+    cli.require("--prepared", prepared, "prepared-data")
     cluster.connect(config.cluster)
     index = build_index(config, arguments.checkpoint, prepared, out)
     return {

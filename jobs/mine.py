@@ -29,6 +29,7 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from taskspec.negatives.bm25 import mine_bm25
 
     prepared = arguments.prepared or store.join(config.artifacts, "prepared")
+    cli.require("--prepared", prepared, "prepared-data")
     out = arguments.out or store.join(config.artifacts, "negatives")
     counts = mine_bm25(PreparedData.open(prepared), config, out)
     for task, count in counts.items():

@@ -35,15 +35,22 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = build_parser().parse_args(argv)
     config = cli.configuration(arguments)
 
+    prepared = arguments.prepared or store.join(config.artifacts, "prepared")
+    negatives = arguments.negatives or store.join(config.artifacts, "negatives")
+    cli.require("--prepared", prepared, "prepared-data")
+    if config.contrastive.negatives:
+        cli.require("--negatives", negatives, "negatives")
+    if arguments.start:
+        cli.require("--from", arguments.start, "checkpoint")
+
     from taskspec import cluster
     from taskspec.train.launch import plan, train
     from taskspec.train.planning import PLAN_FILE
     from taskspec.train.worker import TrainJob
 
-    negatives = arguments.negatives or store.join(config.artifacts, "negatives")
     job = TrainJob(
         config=config,
-        prepared=arguments.prepared or store.join(config.artifacts, "prepared"),
+        prepared=prepared,
         negatives=negatives if config.contrastive.negatives else None,
         run=arguments.out or store.join(config.artifacts, "runs", config.specialization.method),
         start=arguments.start,

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from importlib import import_module
 
 import pytest
 import yaml
@@ -15,7 +16,7 @@ from taskspec import cluster
 from taskspec.arms import expand, read_arms
 from taskspec.config import load_config
 from taskspec.data.prepared import PreparedData
-from taskspec.errors import ConfigError, PlacementError
+from taskspec.errors import ArtifactError, ConfigError, PlacementError
 from taskspec.evaluate.trials import Cost, Trial
 from taskspec.specialize.analysis import Falls
 
@@ -44,6 +45,35 @@ def test_an_error_is_one_line_and_status_2():
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
     assert "unknown key train.stepps; known: tasks, steps, learning_rate" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("job", "words", "option", "kind", "maker"),
+    [
+        ("train", [], "--prepared", "prepared-data", "jobs.prepare"),
+        ("train", ["--prepared", "{prepared}"], "--negatives", "negatives", "jobs.mine"),
+        (
+            "train",
+            ["--prepared", "{prepared}", "--set", "contrastive.negatives=0", "--from", "x"],
+            "--from",
+            "checkpoint",
+            "jobs.train",
+        ),
+        ("index", ["--checkpoint", "x"], "--checkpoint", "checkpoint", "jobs.train"),
+        ("mine", [], "--prepared", "prepared-data", "jobs.prepare"),
+        ("evaluate", [], "--prepared", "prepared-data", "jobs.prepare"),
+    ],
+)
+def test_what_a_job_needs_and_is_not_there_is_named_before_ray_starts(
+    tmp_path, tiny_prepared, monkeypatch, job, words, option, kind, maker
+):
+    monkeypatch.setattr(cluster, "connect", None)
+    words = [word.format(prepared=tiny_prepared.artifact.uri) for word in words]
+    of = import_module(f"jobs.{job}")
+    with pytest.raises(
+        ArtifactError, match=rf"{option} /.*: does not exist, or is empty; needed here: {kind}; {maker} m"
+    ):
+        of.run(["--config", "quickstart", "--set", f"artifacts={tmp_path}", *words])
 
 
 def test_json_prints_one_object_and_without_it_the_uri(capsys):
