@@ -40,19 +40,21 @@ def run(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cli.require("--prepared", prepared, "prepared-data")
     if config.contrastive.negatives:
         cli.require("--negatives", negatives, "negatives")
-    if arguments.start:
-        cli.require("--from", arguments.start, "checkpoint")
 
     from taskspec import cluster
+    from taskspec.train.checkpoint import read_run
     from taskspec.train.launch import plan, train
     from taskspec.train.planning import PLAN_FILE
     from taskspec.train.worker import TrainJob
 
+    run_folder = arguments.out or store.join(config.artifacts, "runs", config.specialization.method)
+    if arguments.start and (arguments.plan or read_run(run_folder) is None):  # a run that stands goes on without it
+        cli.require("--from", arguments.start, "checkpoint")
     job = TrainJob(
         config=config,
         prepared=prepared,
         negatives=negatives if config.contrastive.negatives else None,
-        run=arguments.out or store.join(config.artifacts, "runs", config.specialization.method),
+        run=run_folder,
         start=arguments.start,
     )
     cluster.connect(config.cluster)

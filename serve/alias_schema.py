@@ -73,6 +73,8 @@ class AliasResponse(Model):
     `refused`, then `reason` says why and nothing has changed."""
     reason: str | None
     """Why it was refused, or served without a trial."""
+    asked: AliasRequest | None
+    """That last change; null if none was asked for since `Aliases` started."""
     golden: dict[str, dict[str, float]]
     """Version → task → R-precision on the golden queries, when they were last tried."""
 

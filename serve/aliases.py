@@ -29,7 +29,7 @@ from serve.arguments import ServeArgs
 from serve.asks import FoundAll, Search, Version
 from serve.errors import Conflict
 from serve.guard import LOGGING
-from serve.versions import Served, Table, open_version
+from serve.versions import Served, Table, open_version, require_whole
 from taskspec import artifacts
 from taskspec.errors import StoreError, TaskspecError
 from taskspec.evaluate.metrics import r_precision
@@ -76,6 +76,7 @@ class Aliases:
         self._golden: dict[str, dict[str, float]] = {}
         self._status: Status = "served"
         self._reason: str | None = None
+        self._asked: AliasRequest | None = None
         self._at_work = asyncio.Lock()
         """Held while the table changes, by a request or by the file."""
         if self._file:
@@ -176,6 +177,7 @@ class Aliases:
             compared=self._compared,
             status=self._status,
             reason=self._reason,
+            asked=self._asked,
             golden=self._golden,
         )
 
@@ -189,7 +191,7 @@ class Aliases:
         if self._status in ("loading", "trying"):
             raise Conflict(f"the alias {self._alias} is being changed: {self._status}; ask again when that is done")
         self._require_expected(request)
-        self._status, self._reason = "loading", None
+        self._status, self._reason, self._asked = "loading", None, request
         self._task = asyncio.create_task(self._change(self._file, request, who))
         await asyncio.sleep(0)
         return await self.state()
@@ -203,6 +205,10 @@ class Aliases:
                 f"the alias {self._alias} has revision {self._table.revision}, not {request.revision}: somebody has "
                 f"changed it; ask for its state"
             )
+        tasks = [task.name for task in self._table.current.contract.tasks]
+        for task in request.shares:
+            if task not in tasks:
+                raise Conflict(f"shares: unknown task {task!r}; known: {', '.join(tasks)}")
 
     async def _change(self, file: AliasFile, request: AliasRequest, who: str) -> None:
         """Opens, tries and serves a version, or refuses it and leaves everything as it was."""
@@ -219,6 +225,7 @@ class Aliases:
             after = await self._bring_in(before, new, request)
             await asyncio.to_thread(file.write, after)
             entry |= {"action": "serve", "revision": after.revision, "version": new.version.id, "golden": self._golden}
+            entry["compared"] = {task: one.model_dump() for task, one in self._compared.items()}
             await self._serve(after)
             self._status = "served"
         except Exception as error:
@@ -238,13 +245,14 @@ class Aliases:
         tasks = [task.name for task in before.current.contract.tasks]
         have = [task.name for task in new.contract.tasks]
         lost = [task for task in tasks if task not in have]
-        unknown = [task for task in request.shares if task not in tasks]
         if lost:
             raise Conflict(f"version {new.version.id} has no task {lost[0]}, which is served; it has {', '.join(have)}")
         if before.current.index.lexical and not new.index.lexical:
             raise Conflict(f"version {new.version.id} has no lexical part for fused searches, the one served has")
-        if unknown:
-            raise Conflict(f"shares: unknown task {unknown[0]!r}; known: {', '.join(tasks)}")
+        known = {version.id: version for version in before.versions}
+        if known.get(new.version.id, new.version) != new.version:
+            # Replicas have that version open, from where it was, and would not look at this copy of it.
+            await asyncio.to_thread(require_whole, new.version)
         if new.version != before.current.version:
             await self._set(replace(before, opened=(*before.opened, new.version)))
             await self._opened_everywhere(new.version)

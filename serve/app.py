@@ -57,7 +57,7 @@ from serve.schema import (
     TasksResponse,
     Time,
 )
-from serve.versions import Served, open_version
+from serve.versions import Served, open_version, require_whole
 from taskspec import __version__
 from taskspec.errors import ConfigError, RequestError, TaskspecError
 from taskspec.retrieve.retriever import check_request, require_lexical
@@ -90,7 +90,7 @@ def build(args: dict[str, Any]) -> Application:
     """The Serve application; what `args` may hold stands in `ServeArgs`.
 
     Serve would check a parameter typed as `ServeArgs` by itself, and print a traceback where a line is wanted.
-    Raises: Refusal if an argument is missing, unknown or wrong, or if checkpoint and index cannot be read or do not
+    Raises: Refusal if an argument is missing, unknown or wrong, or if checkpoint and index are not whole or do not
         belong together.
     """
     try:
@@ -101,6 +101,7 @@ def build(args: dict[str, Any]) -> Application:
         raise Refusal(ConfigError(f"argument {name}: {problem['msg']}; known: {known}")) from error
     try:
         served = open_version(settings.checkpoint, settings.index)
+        require_whole(served.version)
     except TaskspecError as error:
         raise Refusal(error) from error
     return _bind(settings, served)
@@ -290,7 +291,7 @@ class Api:
         served = self._dispatch.table.current
         found = await self._dispatch.within(self._encoder.passage.remote(served.version, passage_id))
         if found is None:
-            raise HTTPException(404, f"the index has no passage {passage_id!r}")
+            raise HTTPException(404, f"the index has no passage {passage_id!r}; level passage has their ids")
         return PassageResponse(index=self._index(served), id=found.pop("passage_id"), **found)
 
     @app.get("/aliases")

@@ -99,7 +99,7 @@ async def _rule_of_the_schema(request: Request, exception: Exception) -> JSONRes
         message = f"unknown field {param}; known: {', '.join(_fields(request))}"
     elif param:
         message = f"{param}: {message}"
-    else:
+    elif problem["type"] in ("missing", "model_attributes_type"):
         message = f"the body must be a JSON object, of {', '.join(_fields(request))}"
     return _answer(status, Error(message=message, type="invalid_request", param=param, code=problem["type"]))
 

@@ -191,6 +191,13 @@ class OpenAIRequest(Request):
     def queries(self) -> list[str]:
         return _as_list(self.input)
 
+    @field_validator("input", mode="before")
+    @classmethod
+    def _texts(cls, value: Any) -> Any:
+        if isinstance(value, list) and value and isinstance(value[0], int | list):
+            raise ValueError("holds token ids, which are not taken; send texts")
+        return value
+
     @field_validator("input")
     @classmethod
     def _some(cls, query: str | list[str]) -> str | list[str]:

@@ -15,6 +15,7 @@ from taskspec.errors import ArtifactError
 from taskspec.index.manifest import KIND, IndexManifest
 from taskspec.model.contract import Contract
 from taskspec.retrieve.catalog import index_version
+from taskspec.train.checkpoint import KIND as CHECKPOINT
 from taskspec.train.checkpoint import read_contract
 
 
@@ -43,6 +44,12 @@ def reopen_version(version: Version) -> Served:
     served = open_version(version.checkpoint, version.index)
     require_version(served.version.id, version)
     return served
+
+
+def require_whole(version: Version) -> None:
+    """Raises: ArtifactError naming a file of the index or the checkpoint that is missing or not what it was."""
+    artifacts.require_whole(version.index, KIND)
+    artifacts.require_whole(version.checkpoint, CHECKPOINT)
 
 
 def require_version(artifact_id: str, version: Version) -> None:

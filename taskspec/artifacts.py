@@ -217,7 +217,7 @@ def read_manifest(uri: str, kind: str) -> Manifest:
     except (ValueError, TypeError) as error:
         raise ArtifactError(f"{name}: is damaged ({error}); make the {kind} again") from error
     if manifest.kind != kind:
-        raise ArtifactError(f"{uri}: is a {manifest.kind}, but a {kind} is needed here")
+        raise ArtifactError(f"{uri}: holds {manifest.kind}; needed here: {kind}")
     if manifest.format_version != FORMAT_VERSION:
         raise ArtifactError(
             f"{uri}: has format version {manifest.format_version}, this taskspec reads {FORMAT_VERSION}; make it again"
@@ -266,3 +266,18 @@ def open_artifact(uri: str, kind: str, *, verify: bool = False, files: Iterable[
         if verify and store.file_sha256(path) != sha256:
             raise ArtifactError(f"{uri}: {name} is not the file in the manifest (sha256); make the {kind} again")
     return Artifact(uri, manifest, Path(uri))
+
+
+def require_whole(uri: str, kind: str) -> Manifest:
+    """Reads all of an artifact on this machine; one on S3 is not fetched, only its files must be there.
+
+    Returns: its manifest.    Raises: ArtifactError naming the missing or altered file.
+    """
+    if not store.is_s3(uri):
+        return open_artifact(uri, kind, verify=True).manifest
+    manifest = read_manifest(uri, kind)
+    there = set(store.list_files(uri))
+    for name in sorted(manifest.files):
+        if store.join(uri, name) not in there:
+            raise ArtifactError(f"{uri}: {name} is missing; make the {kind} again")
+    return manifest

@@ -171,6 +171,8 @@ def test_a_shadow_is_compared_and_never_answers(url: str, folder: Path) -> None:
     assert state(url)["compared"]["fever"] == {"queries": len(TITLES), "overlap": 1.0}  # six pages: all are found
     change(url, folder, "a")
     assert state(url)["compared"] == {}
+    *_, last = store.list_files(str(folder / "aliases/live/log"))
+    assert json.loads(store.read_bytes(last))["compared"]["fever"] == {"queries": len(TITLES), "overlap": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -181,6 +183,7 @@ def test_a_shadow_is_compared_and_never_answers(url: str, folder: Path) -> None:
         (ADMIN, "other", {}, 404, "PUT /aliases/other: there is no alias 'other' here"),
         (ADMIN, "live", {"expected": "somebody"}, 409, "the alias live points to version "),
         (ADMIN, "live", {"revision": 0}, 409, "the alias live has revision "),
+        (ADMIN, "live", {"shares": {"trex": 5}}, 409, "shares: unknown task 'trex'; known: nq, fever"),
         (ADMIN, "live", {"shares": {"nq": 101}}, 422, "shares: nq must have 0 to 100 percent but has 101"),
         (ADMIN, "live", {"share": 5}, 422, "unknown field share; known: checkpoint, index, expected, revision"),
     ],
@@ -240,6 +243,27 @@ def test_a_trial_without_an_encoder_ends(folder: Path, monkeypatch: pytest.Monke
     nobody = SimpleNamespace(run=SimpleNamespace(remote=lambda *_: asyncio.sleep(60)))
     with pytest.raises(Conflict, match=f"version {served.version.id} does not answer golden queries from every shard"):
         asyncio.run(aliases.golden_precision(nobody, served, served))
+
+
+def test_a_damaged_copy_of_what_is_served_is_refused(url: str, folder: Path) -> None:
+    before = state(url)
+    copy = shutil.copytree(folder / "index-a", folder / "index-copy")
+    body = {"checkpoint": str(folder / "a"), "expected": before["current"]["version"]}
+    shard = copy / "5.faiss"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + b"x")
+    for wanted in ("refused", "served"):
+        assert httpx.put(f"{url}/aliases/live", json=body | {"index": str(copy)}, headers=ADMIN).status_code == 202
+        while (after := state(url))["status"] in ("loading", "trying"):
+            time.sleep(0.1)
+        assert after["status"] == wanted
+        assert after["asked"]["index"] == str(copy)
+        if wanted == "refused":
+            assert after["current"] == before["current"]
+            assert "index-copy: 5.faiss is not the file in the manifest" in after["reason"]
+            shard.write_bytes(whole)
+    assert after["current"] == before["current"] | {"index": str(copy)}
+    change(url, folder, "a")
 
 
 def test_a_version_whose_index_was_built_anew_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -276,14 +276,17 @@ def test_an_index_that_misses_its_recall_is_not_published_and_keeps_its_shards(
     folder: Path, approximate: tuple[Config, str]
 ) -> None:
     config, out = approximate
-    with pytest.raises(RecallError, match=r"a pq index finds 0\.9\d+ of the exact best 10 of task nq"):
+    with pytest.raises(RecallError, match=r"pq finds 0\.9\d+ of the exact best 10 of task nq by the queries that"):
         build.build_index(config, str(folder / "checkpoint"), str(folder / "prepared"), out)
     assert not Path(out).exists()
     assert len(list(Path(f"{out}-shards").iterdir())) == 3
 
 
 def test_the_recall_in_the_manifest_is_what_an_outsider_measures(
-    folder: Path, approximate: tuple[Config, str], monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    approximate: tuple[Config, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """With other queries of the task, through the retriever, against products by numpy; nothing is embedded again."""
     config, out = with_values(approximate[0], {"index.recall": 0.9}), approximate[1]
@@ -305,6 +308,12 @@ def test_the_recall_in_the_manifest_is_what_an_outsider_measures(
 
     source, plan = source_of(folder, config), build.plan_shards(out, PASSAGES, 3)
     assert build._standing_index(out, source, plan) is not None
+    damaged = shutil.copytree(out, folder / "damaged")
+    shard = damaged / "shards" / "00001.faiss"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    assert build._standing_index(str(damaged), source, plan) is None, "its way out is to make it again"
+    said = capsys.readouterr().out
+    assert "shards/00001.faiss is not the file in the manifest (sha256); make the index again: that is done" in said
     stricter = source_of(folder, with_values(config, {"index.recall": 1.0}))
     assert build._standing_index(out, stricter, plan) is None, "it does not have what is asked for now"
 

@@ -129,6 +129,8 @@ def test_embeddings_are_those_that_are_searched_with(url: str, folder: Path) -> 
     packed = httpx.post(f"{url}/v1/embeddings", json=body | {"encoding_format": "base64"}).json()
     row = np.frombuffer(base64.b64decode(packed["data"][0]["embedding"]), dtype="<f4")
     np.testing.assert_allclose(row, expected_BD[0], rtol=1e-4, atol=1e-6)
+    ids = httpx.post(f"{url}/v1/embeddings", json=body | {"input": [[1, 2], [3]]}).json()
+    assert ids["error"]["message"] == "input: holds token ids, which are not taken; send texts"
     refused = httpx.post(f"{url}/v1/embeddings", json=body | {"model": "tiny"})
     assert refused.status_code == 422
     assert refused.json()["error"]["message"] == "unknown model 'tiny'; known: tiny@nq, tiny@fever"
@@ -578,8 +580,11 @@ def test_a_damaged_part_of_an_index_is_refused_by_name(name: str, damage: str, f
         content[-1] ^= 1
         path.write_bytes(content if damage == "a bit flipped" else content[:-1])
     opening = open_shard if name.endswith("faiss") else open_model
-    with pytest.raises(ArtifactError, match=rf"index: {name} is (not the file in the manifest|missing)"):
+    refused = rf"index: {name} is (not the file in the manifest|missing)"
+    with pytest.raises(ArtifactError, match=refused):
         opening(served.version)
+    with pytest.raises(Refusal, match=refused):
+        build({"checkpoint": str(folder / "checkpoint"), "index": str(index)})
 
 
 def open_shard(version: Version) -> LocalShards:

@@ -475,9 +475,19 @@ def test_removing_takes_everything_below_and_nothing_beside(root):
     assert len(store.list_files(root)) == 2
 
 
+def test_an_artifact_that_lacks_a_file_is_not_whole(root):
+    publish(store.join(root, "x"), a="A")
+    assert artifacts.require_whole(store.join(root, "x"), "letters").files
+    publish(store.join(root, "y"), a="A")
+    (file,) = [name for name in store.list_files(store.join(root, "y")) if name.endswith("sub/a")]
+    store.delete(file)
+    with pytest.raises(ArtifactError, match=r"/y: sub/a is missing; make the letters again"):
+        artifacts.require_whole(store.join(root, "y"), "letters")
+
+
 def test_an_artifact_of_another_kind_is_refused(root):
     publish(store.join(root, "x"))
-    with pytest.raises(ArtifactError, match=r"/x: is a letters, but a checkpoint is needed here"):
+    with pytest.raises(ArtifactError, match=r"/x: holds letters; needed here: checkpoint"):
         artifacts.open_artifact(store.join(root, "x"), "checkpoint")
 
 

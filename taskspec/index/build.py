@@ -166,11 +166,12 @@ def build_index(config: Config, checkpoint: str, prepared: str, out: str) -> Ind
 
 
 def _standing_index(out: str, source: Source, plan: Sequence[PlannedShard]) -> IndexManifest | None:
+    if not store.exists(store.join(out, artifacts.MANIFEST)):
+        return None
     try:
-        # Opening one on S3 would fetch all of it; locally it finds a file that was removed.
-        stored = artifacts.read_manifest(out, KIND) if store.is_s3(out) else artifacts.open_artifact(out, KIND).manifest
-        manifest = IndexManifest.of(out, stored)
-    except ArtifactError:
+        manifest = IndexManifest.of(out, artifacts.require_whole(out, KIND))
+    except ArtifactError as error:
+        print(f"index: {error}: that is done now", flush=True)
         return None
     index = source.config.index
     if manifest.lexical != index.lexical or any(one.chosen_at < index.recall for one in manifest.recall.tasks.values()):
@@ -314,17 +315,18 @@ def measure_recall(source: Source, plan: Sequence[PlannedShard]) -> MeasuredReca
     if found.tasks and not short:
         print(f"index: the dev queries of every task find all of the exact best {index.recall_at}", flush=True)
     for task, one in short.items():
-        effort = f", {KINDS[index.kind].effort} {one.effort}" if one.effort else ""
+        chosen = f", {100 * one.chosen_at:.1f}% of the others, which chose {KINDS[index.kind].effort} {one.effort}"
         print(
             f"index: {task} finds {100 * one.value:.1f}% ({100 * one.low:.1f} to {100 * one.high:.1f}) of the exact "
-            f"best {index.recall_at}, {one.queries} dev queries{effort}",
+            f"best {index.recall_at}, {one.queries} dev queries{chosen if one.effort else ''}",
             flush=True,
         )
     if found.missed:
         task, worst = min(found.missed.items(), key=lambda item: item[1].chosen_at)
+        by = " by the queries that choose" if worst.effort else ""
         raise RecallError(
-            f"a {index.kind} index finds {worst.chosen_at:.3f} of the exact best {index.recall_at} of task {task}, "
-            f"index.recall asks for {index.recall}; take another index.kind, or lower index.recall to "
+            f"index.kind {index.kind} finds {worst.chosen_at:.3f} of the exact best {index.recall_at} of task {task}"
+            f"{by}, index.recall asks for {index.recall}; take another index.kind, or lower index.recall to "
             f"{math.floor(1000 * worst.chosen_at) / 1000} at most: the finished shards are kept"
         )
     return found

@@ -265,7 +265,9 @@ class _Attempts:
         self._sent += 1
         self._asked_s = None
         reason = f"{type(error).__name__} {error}".strip()
-        self._last = EndpointError(f"{self._what}: {reason}; is the endpoint there, and its address right?")
+        late = isinstance(error, httpx.TimeoutException)
+        way_out = "is timeout_s too short?" if late else "is the endpoint there, and its address right?"
+        self._last = EndpointError(f"{self._what}: {reason}; {way_out}")
         if isinstance(error, httpx.UnsupportedProtocol):
             raise self._last from error
 
@@ -279,7 +281,7 @@ class _Attempts:
         longest_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(self._sent - 1, DOUBLED))
         wait_s = asked_s + random.uniform(0, min(longest_s, max(0.0, left_s - asked_s)))
         if wait_s >= left_s:
-            raise self.late(f"the next attempt would be in {wait_s:.1f} s")
+            raise self.late(f"the next attempt would be in {wait_s:.1f} s" if left_s else "")
         return wait_s
 
     def late(self, why: str) -> EndpointError:

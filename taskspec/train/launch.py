@@ -31,6 +31,7 @@ from taskspec.train.checkpoint import (
     open_start,
     open_training,
     publish_checkpoint,
+    read_contract,
     read_run,
 )
 from taskspec.train.planning import PROBE_STEPS, TrainingPlan, measured, plan_training, summary, write_plan
@@ -81,6 +82,12 @@ def start_run(job: TrainJob) -> Run:
     if job.start is not None:
         started = open_start(job.start, job.config)
         encoder, tokenizer, state = started.encoder, started.tokenizer, started.tensors
+        before, now = (
+            [task.name for task in tasks] for tasks in (read_contract(job.start).tasks, job.config.trained_tasks)
+        )
+        parts = {"keeps": set(now) & set(before), "adds": set(now) - set(before), "leaves out": set(before) - set(now)}
+        told = "; ".join(f"{name} {', '.join(sorted(tasks))}" for name, tasks in parts.items() if tasks)
+        print(f"{_label(job)}: begins from {job.start}: {told}", flush=True)
     elif model.source is not None:
         encoder, tokenizer = load_encoder(model, model.source)
     else:
@@ -99,6 +106,11 @@ def start_run(job: TrainJob) -> Run:
             dev_accuracy={},
         )
     return add_to_run(None, job.run, FIRST, None, finished=job.config.train.steps == 0)
+
+
+def _label(job: TrainJob) -> str:
+    """What a run's lines begin with."""
+    return job.run.rstrip("/").rpartition("/")[2]
 
 
 def _encoder_input(job: TrainJob, run: Run | None) -> dict[str, str]:
@@ -150,7 +162,7 @@ def train(job: TrainJob) -> Run:
     if run.finished:
         print(f"{job.run}: {run.last} is its last checkpoint, nothing is left to train", flush=True)
         return run
-    label = job.run.rstrip("/").rpartition("/")[2]
+    label = _label(job)
     if run.last != FIRST:
         print(f"{label}: goes on from {run.last}, of {job.config.train.steps:,} steps", flush=True)
     stop = threading.Event()
