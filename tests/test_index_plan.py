@@ -55,7 +55,7 @@ def test_a_time_for_a_query_is_met_by_shards_on_other_cores_or_by_another_kind()
     assert refused["flat"] is not None
     assert "ms a query" in refused["flat"]
     both = planned(*WIKIPEDIA, latency_s=0.05, node_bytes=64e9).candidates[0].refused
-    assert both == "needs 110.6 GB a node, there are 51.2 GB (80% of 64.0 GB), takes 900 ms a query"
+    assert both == "needs 110.6 GB a node, there are 51.2 GB (80% of 64.0 GB), takes 450 ms a query"
 
 
 def test_what_no_kind_can_meet_is_refused_with_every_reason() -> None:

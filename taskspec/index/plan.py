@@ -134,8 +134,6 @@ def _candidate(kind: KindName, passages: int, dimension: int, budget: Budget, sp
         tried.append(_sized(kind, passages, dimension, budget, speed, shards))
         if tried[-1].refused is None:
             return tried[-1]
-        if KINDS[kind].codes < budget.recall or tried[-1].node_bytes > _free(budget):
-            break  # more shards change neither recall nor bytes
     return min(tried, key=lambda one: one.search_s)
 
 
