@@ -10,6 +10,7 @@ from head_node import Head, head_node
 
 from taskspec import artifacts
 from taskspec.config import Config
+from taskspec.data.prepared import PreparedData
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(600)]
 
@@ -44,11 +45,13 @@ def test_a_job_without_the_token_is_refused(head: Head) -> None:
     assert "I ran" not in refused.stdout
 
 
-def test_a_job_that_cannot_be_placed_ends_with_both_numbers(head: Head, config: Path) -> None:
+def test_a_job_that_cannot_be_placed_ends_with_both_numbers(
+    head: Head, config: Path, tiny_prepared: PreparedData
+) -> None:
     began = time.monotonic()
     refused = head.submit(
-        *("python", "-m", "jobs.train", "--config", str(config), "--set", "train.workers=64"),
-        *("--set", "cluster.wait_s=5"),
+        *("python", "-m", "jobs.train", "--config", str(config), "--prepared", tiny_prepared.artifact.uri),
+        *("--set", "contrastive.negatives=0", "--set", "train.workers=64", "--set", "cluster.wait_s=5"),
     )
     assert time.monotonic() - began < 60
     assert refused.returncode != 0
