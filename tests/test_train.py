@@ -243,7 +243,7 @@ def test_a_run_is_found_again_from_an_encoder_that_was_moved_and_not_from_anothe
     assert start_run(here).last == "step-00000000", "a run that stands needs its encoder's folder no more"
 
 
-def test_a_new_task_starts_from_a_checkpoint_whose_other_tasks_keep_their_sensitivities(job, tmp_path):
+def test_a_new_task_starts_from_a_checkpoint_whose_other_tasks_keep_their_sensitivities(job, tmp_path, capsys):
     config = with_values(job.config, {"specialization.decay": 0.9, "train.tasks": ["nq", "fever"]})
     first = replace(job, config=config)
     start_run(first)
@@ -253,6 +253,7 @@ def test_a_new_task_starts_from_a_checkpoint_whose_other_tasks_keep_their_sensit
     more = with_values(config, {"train.tasks": ["fever", "nq", "trex"]})
     second = replace(job, run=str(tmp_path / "more"), config=more, start=start.last_uri)
     begun = start_run(second)
+    assert f"more: begins from {start.last_uri}: keeps fever, nq; adds trex\n" in capsys.readouterr().out
     old, new = tensors(start.last_uri), tensors(begun.last_uri)
     assert torch.equal(new["shared.weight"], old["shared.weight"])
     assert [task.name for task in more.trained_tasks] == ["fever", "trex", "nq"]
