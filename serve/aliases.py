@@ -190,13 +190,13 @@ class Aliases:
             raise Conflict("versions are not changed here: start the endpoint with aliases=FOLDER")
         if self._status in ("loading", "trying"):
             raise Conflict(f"the alias {self._alias} is being changed: {self._status}; ask again when that is done")
-        self._require_expected(request)
+        self._require_possible(request)
         self._status, self._reason, self._asked = "loading", None, request
         self._task = asyncio.create_task(self._change(self._file, request, who))
         await asyncio.sleep(0)
         return await self.state()
 
-    def _require_expected(self, request: AliasRequest) -> None:
+    def _require_possible(self, request: AliasRequest) -> None:
         current = self._table.current.version.id
         if request.expected != current:
             raise Conflict(f"the alias {self._alias} points to version {current}, not to {request.expected}")
@@ -220,7 +220,7 @@ class Aliases:
         self._status = "loading"
         entry: dict[str, Any] = {"who": who, "request": request.model_dump()}
         try:
-            self._require_expected(request)  # another endpoint may have been faster
+            self._require_possible(request)  # another endpoint may have been faster
             new = await asyncio.to_thread(open_version, request.checkpoint, request.index)
             after = await self._bring_in(before, new, request)
             await asyncio.to_thread(file.write, after)

@@ -85,8 +85,8 @@ class ServeArgs(Section):
     """Who may ask, by the hash of a key (`python -m serve.keys NAME`); none: anybody."""
     limits: Limits = Limits()
     precision: Precision = "fp32"
-    """Of the queries' embedding: bf16 takes about half the time where the processor multiplies it, and moves scores by
-    about a thousandth from those of `jobs.evaluate`. Leave fp32 where it does not: there it takes longer."""
+    """Of the queries' embedding: bf16 takes about half the time for batches where the processor multiplies it, and its
+    embeddings are those of `jobs.evaluate` to about a thousandth."""
     batch_tokens: int = Field(4096, ge=1)
     """Tokens, about, of the queries that are embedded together."""
     cache_bytes: int = Field(64_000_000, ge=0)

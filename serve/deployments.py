@@ -176,7 +176,8 @@ class OpenModel:
 def open_model(version: Version, precision: Precision = "fp32") -> OpenModel:
     """Args: precision: of the encoder.
 
-    Raises: ArtifactError, StoreError; ContractError if the checkpoint is not the one that built the index."""
+    Raises: ArtifactError, StoreError; ContractError if the checkpoint is not the one that built the index.
+    """
     served = reopen_version(version)
     held = artifacts.read_manifest(version.index, KIND)
     lexical = [name for name in held.files if name.startswith(f"{LEXICAL_FOLDER}/")]
